@@ -1,0 +1,104 @@
+"""Typed values from the config files of checkpoints.
+
+A config is a frozen dataclass of what jaxgen supports; whatever else a file may say is listed as
+`fixed`: fields whose one supported value is known. So no field is ever silently ignored.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxgen.types import UserError
+
+T = TypeVar("T")
+MAX_BYTES = 16 << 20  # a JSON file of a model folder is small; larger ones are not ours
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or a one-line error that names the file."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path} is larger than {MAX_BYTES >> 20} MiB; is it a config file?")
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be a config file") from None
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def freeze(value: Any) -> Any:
+    """Lists become tuples, at every depth, so that a config is hashable."""
+    return tuple(freeze(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def parse(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> T:
+    """A config file's fields as a value of the dataclass `cls`.
+
+    Args:
+        cls: frozen dataclass; its defaults serve for the absent keys.
+        data: the file's object. Keys that start with an underscore are its author's notes.
+        fixed: keys that `cls` has no field for, and the only value supported for each; a tuple
+            subclass `AnyOf` lists several. `...` stands for any value: the field changes nothing.
+        where: what to call the file in an error.
+
+    Raises:
+        UserError: for unknown keys and for values not supported, all of them at once.
+    """
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    wrong = []
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key.startswith("_"):
+            continue
+        value = freeze(value)
+        if key in known:
+            values[key] = value
+        elif key not in fixed:
+            close = difflib.get_close_matches(key, [*known, *fixed], 1)
+            hint = f" (perhaps {close[0]}?)" if close else ""
+            wrong.append(f"unknown field {key!r}{hint}")
+        elif not _allowed(value, fixed[key]):
+            wrong.append(f"{key} = {value!r} is not supported (only {fixed[key]!r} is)")
+    if wrong:
+        raise UserError(f"{where}: " + "; ".join(wrong))
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(f"{where} is not a config of {cls.__name__}: {error}") from None
+
+
+class AnyOf(tuple):
+    """Several supported values of one fixed field."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return " or ".join(repr(v) for v in self)
+
+
+def _allowed(value: Any, only: Any) -> bool:
+    if only is ...:
+        return True
+    return value in only if isinstance(only, AnyOf) else value == only
+
+
+def dump(value: Any, class_name: str) -> dict[str, Any]:
+    """The config file of a dataclass: diffusers fills what is absent with the same defaults."""
+    return {"_class_name": class_name} | dataclasses.asdict(value)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes an object as an indented JSON file."""
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")

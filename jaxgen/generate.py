@@ -1,0 +1,323 @@
+"""From prompts to pictures: what `jaxgen.sample` and the command do.
+
+Four programs compile, each once: encode the text, prepare what does not depend on time, walk the
+grid, decode. Prompt, seed, guidance, strength and the number of steps are traced; shapes, the
+sampler and the set of branches are not.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from jaxgen import denoiser, sharding
+from jaxgen.denoiser import Model
+from jaxgen.diffusion import guidance as guidances
+from jaxgen.diffusion import samplers, schedule
+from jaxgen.models.clip import TextEncoder
+from jaxgen.models.tiling import decode_tiled
+from jaxgen.models.unet import UNet
+from jaxgen.models.vae import VAE
+from jaxgen.request import Plan, Request, plan
+from jaxgen.types import Array, Cache, Inputs, Params, Point, UserError
+
+TILES = 4  # latents of more tiles than this are decoded in tiles
+
+
+def sample(
+    model: Model,
+    params: Params,
+    prompts: list[str] | str,
+    *,
+    output: str = "uint8",
+    mesh: Mesh | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> np.ndarray:
+    """Samples `count` images for each prompt.
+
+    Args:
+        model, params: from `jaxgen.load`.
+        prompts: one or several.
+        output: "uint8" images, "float" images about [-1, 1], or "latents".
+        mesh: devices over which a batch is spread; all of them by default.
+        progress: shows a bar.
+        settings: fields of `Request`: seed, steps, guidance, sampler, negative, image, ...
+
+    Returns:
+        [prompts x count, H, W, 3], the images of a prompt side by side; or latents [..., h, w, C].
+
+    Raises:
+        UserError: before anything compiles, for settings that do not fit the model.
+    """
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if output not in ("uint8", "float", "latents"):
+        raise UserError(f"output {output!r} is not uint8, float or latents")
+    checked = plan(model, Request(prompts=prompts, **settings))
+    pictures: dict[int, np.ndarray] = {}
+    for index, picture in run(model, params, checked, output, mesh=mesh, progress=progress):
+        pictures[index] = picture
+    return np.stack([pictures[i] for i in range(checked.total)])
+
+
+def run(
+    model: Model,
+    params: Params,
+    checked: Plan,
+    output: str = "uint8",
+    *,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The images of a plan as they are finished: (index in prompt-major order, image)."""
+    mesh = mesh or sharding.data_mesh(min(len(jax.devices()), checked.total))
+    devices = mesh.size
+    batch = checked.request.batch or devices * (1 if jax.default_backend() == "cpu" else 4)
+    batch = -(-min(batch, checked.total) // devices) * devices
+    params = sharding.replicate(params, mesh)
+    batches = list(_batches(checked, batch))
+    with tqdm(total=len(batches) * checked.calls, unit="step", disable=not progress) as bar:
+        for indices in batches:
+            latents = _denoise(model, params, checked, _filled(indices, batch), mesh, bar)
+            yield from zip(indices, finish(model, params, latents, output), strict=False)
+
+
+def _batches(checked: Plan, batch: int) -> Iterator[list[int]]:
+    """Image indices by batch; texts of one batch have one number of chunks."""
+    groups: dict[int, list[int]] = {}
+    for index in range(checked.total):
+        chunks = checked.texts[index // checked.request.count][0].shape[1]
+        groups.setdefault(chunks, []).append(index)
+    for group in groups.values():
+        yield from (group[i : i + batch] for i in range(0, len(group), batch))
+
+
+def _filled(indices: list[int], batch: int) -> list[int]:
+    """A full batch, so that the last one compiles nothing; what is repeated is dropped later."""
+    return indices + indices[-1:] * (batch - len(indices))
+
+
+class Guidance(NamedTuple):
+    """How the branches of a batch are combined; the number of scales says how many there are."""
+
+    scales: Array  # [G - 1]
+    rescale: Array  # []
+    low: Array  # [] fraction of the run where guidance starts to act
+    high: Array  # [] and stops
+
+
+class Blend(NamedTuple):
+    """What stays, in inpainting with a UNet that knows no masks."""
+
+    mask: Array  # [1, h, w, 1], 1 where repainted
+    known: Array  # [1, h, w, C] clean latents of the image
+    noise: Array  # [B, h, w, C] with which they are noised
+
+
+def _denoise(
+    model: Model, params: Params, checked: Plan, indices: list[int], mesh: Mesh, bar: tqdm
+) -> Array:
+    """One batch from noise to clean latents [B, h, w, C]."""
+    request, start = checked.request, checked.start
+    noise, keys = _noise(checked, indices, mesh)
+    guidance, inputs = condition(model, params, checked, indices, mesh)
+    cache = prepare(params, inputs, unet=model.unet)
+
+    points = jax.tree.map(jnp.asarray, schedule.pad(checked.grid.points))
+    x = noise * np.float32(checked.grid.initial)
+    blend: tuple[Blend, ...] = ()
+    if checked.starts_from_image:
+        known = encode_image(params["vae"], unit(checked.image), vae=model.vae)
+        if not checked.from_noise:
+            x = points.signal[start] * known + points.noise[start] * noise
+        if checked.blends:
+            blend = (Blend(_latent_mask(checked), known, noise),)
+
+    sampler = samplers.SAMPLERS[checked.schedule.sampler]
+    state = samplers.State(x, sampler.memory(x))
+    if not sampler.stochastic and not request.eta:
+        keys = None
+    for i in range(start, checked.grid.length):
+        before = state.x
+        state = advance(
+            params, cache, state, points, (i, i + 1, start), keys, guidance, blend,
+            unet=model.unet, sampler=checked.schedule.sampler,
+        )  # fmt: skip
+        before.block_until_ready()  # a step behind, so that the device never waits for the bar
+        bar.update()
+    return state.x
+
+
+def _noise(checked: Plan, indices: list[int], mesh: Mesh) -> tuple[Array, Array | None]:
+    """Standard normal noise [B, h, w, C], and the keys [B] of what the steps will draw."""
+    request = checked.request
+    number = np.array(indices, np.uint32) % np.uint32(request.count)
+    noise, keys = draw(np.uint32(request.seed), number, shape=checked.latent_shape)
+    if request.latents is not None:
+        rows = np.array(indices) % len(request.latents)  # one for all, or one for each
+        noise = jnp.asarray(request.latents[rows])
+    return sharding.split_batch((noise, keys), mesh)
+
+
+@partial(jax.jit, static_argnames="shape")
+def draw(seed: Array, number: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Image numbers [B] -> noise [B, *shape] and a key each, from (seed, number) alone."""
+
+    def one(i: Array) -> tuple[Array, Array]:
+        start, steps = jax.random.split(jax.random.fold_in(jax.random.key(seed), i))
+        return jax.random.normal(start, shape), steps
+
+    return jax.vmap(one)(number)
+
+
+def condition(
+    model: Model, params: Params, checked: Plan, indices: list[int], mesh: Mesh
+) -> tuple[Guidance, Inputs]:
+    """The branches of guidance and their inputs, side by side for each image: [B * G, ...].
+
+    Least conditioned first: (negative, prompt); for editing (nothing, image, image and prompt).
+    """
+    request = checked.request
+    distilled = bool(model.unet.config.time_cond_proj_dim)  # reads the scale as an input
+    guided = request.guidance > 1 and not distilled
+    rows = [0, 1] if guided else [1]  # of each text: 0 is the negative
+    scales = [request.guidance] if guided else []
+    if guided and checked.edits:
+        rows, scales = [0, 0, 1], [request.image_guidance, request.guidance]
+
+    texts = [checked.texts[i // request.count] for i in indices]
+    ids, weights = (np.concatenate([pair[j][rows] for pair in texts]) for j in (0, 1))
+    ids, weights = sharding.split_batch((ids, weights), mesh)
+    text = encode_text(
+        params["text_encoder"], ids, weights, encoder=model.text_encoder, skip=request.clip_skip
+    )
+    inputs = Inputs(text, concat=_channels(model, params, checked, len(ids), len(rows)))
+    if distilled:
+        inputs = inputs._replace(guidance=(jnp.full(len(ids), request.guidance, jnp.float32),))
+    low, high = request.guidance_interval
+    return Guidance(jnp.asarray(scales), *map(jnp.float32, (request.rescale, low, high))), inputs
+
+
+def _channels(
+    model: Model, params: Params, checked: Plan, rows: int, branches: int
+) -> tuple[Array, ...]:
+    """What the UNet reads beside x: mask and masked image, the image to edit, or nothing."""
+    if checked.edits:  # unscaled, and zero in the branch that sees no image
+        image = encode_image(params["vae"], unit(checked.image), vae=model.vae)
+        image = jnp.repeat(image / model.vae.config.scaling_factor, branches, 0)
+        if branches > 1:
+            image = image.at[0].set(0)
+        return (jnp.tile(image, (rows // branches, 1, 1, 1)),)
+    if checked.inpaints:
+        hidden = unit(checked.image) * ~checked.pixel_mask[None, :, :, None]
+        image = encode_image(params["vae"], hidden, vae=model.vae)
+        both = jnp.concatenate([_latent_mask(checked), image], -1)
+        return (jnp.tile(both, (rows, 1, 1, 1)),)
+    return ()
+
+
+def _latent_mask(checked: Plan) -> Array:
+    """[1, h, w, 1], 1 where repainted."""
+    return jnp.asarray(checked.mask[None, :, :, None], jnp.float32)
+
+
+@partial(jax.jit, static_argnames=("encoder", "skip"))
+def encode_text(
+    params: Params, ids: Array, weights: Array, *, encoder: TextEncoder, skip: int = 0
+) -> Array:
+    """Token ids and weights [R, n, T] -> embeddings [R, n * T, C].
+
+    Weights multiply the embeddings of their tokens; then each row's mean is restored.
+    """
+    rows, chunks, length = ids.shape
+    tokens, _ = encoder.apply(params, ids.reshape(-1, length), skip)
+    tokens = tokens.reshape(rows, chunks * length, -1)
+    weighted = tokens * weights.reshape(rows, -1, 1)
+    mean, changed = (jnp.mean(t, (1, 2), keepdims=True) for t in (tokens, weighted))
+    return weighted * (mean / jnp.where(changed == 0, 1, changed))
+
+
+@partial(jax.jit, static_argnames="vae")
+def encode_image(params: Params, image: Array, *, vae: VAE) -> Array:
+    """[1, H, W, 3] in [-1, 1] -> latents [1, h, w, C], the posterior mean."""
+    return vae.encode(params, image)
+
+
+@partial(jax.jit, static_argnames="unet")
+def prepare(params: Params, inputs: Inputs, *, unet: UNet) -> Cache:
+    """What does not depend on time, once per batch."""
+    return denoiser.prepare(unet, params, inputs)
+
+
+@partial(jax.jit, static_argnames=("unet", "sampler"))
+def advance(
+    params: Params,
+    cache: Cache,
+    state: samplers.State,
+    points: Point,
+    span: tuple[Array, Array, Array],
+    keys: Array | None,
+    guidance: Guidance,
+    blend: tuple[Blend, ...],
+    *,
+    unet: UNet,
+    sampler: str,
+) -> samplers.State:
+    """Rows span[0] .. span[1] - 1 of a padded grid whose run began at row span[2]."""
+    first, stop, start = span
+    denoise = denoiser.bind(unet, params, cache)
+    if guidance.scales.size:
+        denoise = guidances.guide(denoise, *guidance[:2], interval=guidance[2:])
+
+    def after(x: Array, point: Point) -> Array:
+        for mask, known, noise in blend:
+            # Past the last row stand signal 1 and noise 0: in the end what stays is clean.
+            row = start + point.index + 1
+            x = mask * x + (1 - mask) * (points.signal[row] * known + points.noise[row] * noise)
+        return x
+
+    step = samplers.SAMPLERS[sampler].step
+    return samplers.walk(step, denoise, state, points, first, stop, keys, after)
+
+
+def finish(model: Model, params: Params, latents: Array, output: str) -> np.ndarray:
+    """Latents [B, h, w, C] -> what the caller asked for, on the host."""
+    if output == "latents":
+        return np.asarray(latents)
+    tile = max(1, _tile(model))
+    program = partial(decode, params["vae"], vae=model.vae)
+    if latents.shape[1] * latents.shape[2] > TILES * tile * tile:
+        images = np.asarray(decode_tiled(program, latents, tile, model.factor))
+    else:
+        images = np.asarray(program(latents))
+    if not np.isfinite(images).all():
+        raise UserError("the model's output is not finite; with dtype bf16, try f32")
+    return images if output == "float" else to_uint8(images)
+
+
+def _tile(model: Model) -> int:
+    """Side of a tile in latents: what the VAE was trained on."""
+    size = model.vae.config.sample_size
+    return (min(size) if isinstance(size, tuple) else size) // model.factor
+
+
+@partial(jax.jit, static_argnames="vae")
+def decode(params: Params, latents: Array, *, vae: VAE) -> Array:
+    """[B, h, w, C] -> [B, H, W, 3] about [-1, 1]."""
+    return vae.decode(params, latents)
+
+
+def unit(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] -> float32 [1, H, W, 3] in [-1, 1]."""
+    return (image.astype(np.float32) / 255 * 2 - 1)[None]
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[...] about [-1, 1] -> uint8, rounded as diffusers does."""
+    return np.round(np.clip(images / 2 + 0.5, 0, 1) * 255).astype(np.uint8)

@@ -1,0 +1,302 @@
+"""Model folders, hub ids and single files in; model folders out."""
+
+import dataclasses
+import difflib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxgen import config, sharding, trees
+from jaxgen.data.tokenizer import Tokenizer
+from jaxgen.denoiser import Model
+from jaxgen.models.clip import TextEncoder
+from jaxgen.models.unet import UNet
+from jaxgen.models.vae import VAE
+from jaxgen.types import Params, UserError
+from jaxgen.weights import files, hub, rename, single_file
+from jaxgen.weights.files import Tensor, Tensors
+
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
+    "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
+)
+CLIP_TOKENIZER = Path(__file__).parent / "assets" / "clip_tokenizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """How one part of a model folder is stored.
+
+    `read` makes the network from its config; `tidy` brings old tensor names up to date.
+    """
+
+    folder: str
+    stem: str
+    library: str
+    class_name: str
+    read: Callable[[Mapping[str, Any], str], Any]
+    tidy: Callable[[Tensors], Tensors] = lambda tensors: tensors
+
+
+PARTS = {
+    "unet": Part("unet", "diffusion_pytorch_model", "diffusers", "UNet2DConditionModel", UNet.read),
+    "vae": Part(
+        "vae", "diffusion_pytorch_model", "diffusers", "AutoencoderKL", VAE.read, rename.modern_vae
+    ),
+    "text_encoder": Part(
+        "text_encoder",
+        "model",
+        "transformers",
+        "CLIPTextModel",
+        TextEncoder.read,
+        rename.prefixed_text,
+    ),
+}
+
+
+def load(
+    ref: str | Path | None = None,
+    *,
+    dtype: str | None = "f32",
+    variant: str = "",
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = (),
+) -> tuple[Model, Params]:
+    """A Stable Diffusion and its parameters, ready to sample.
+
+    Args:
+        ref: a folder in the diffusers layout, a hub id, or a single safetensors file.
+        dtype: "f32" or "bf16", of the parameters and so of the computation; None keeps each
+            tensor's own.
+        variant: e.g. "fp16", to choose among the files of a folder.
+        mesh: devices that hold the parameters; by default the first device alone.
+        rules: (path pattern, PartitionSpec), for parameters that are to be split over the mesh.
+
+    Raises:
+        UserError: one line that names what is missing, damaged or not supported.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    path = find(ref)
+    model, tensors = _open_single(path) if path.is_file() else _open_folder(path, variant)
+    params = {}
+    for name in PARTS:
+        network = getattr(model, name)
+        found = rename.by_path(tensors[name])
+        expected = trees.flatten(jax.eval_shape(network.init, jax.random.key(0)))
+        files.report(_keys(expected), _keys(found), f"{path}: {name}")
+        params[name] = trees.unflatten(
+            {
+                p: place(
+                    found[p], DTYPES[dtype] if dtype else None, sharding.of_path(p, mesh, rules)
+                )
+                for p in expected
+            }
+        )
+    return model, params
+
+
+def find(ref: str | Path | None) -> Path:
+    """The folder or file that `ref` names, fetched from the hub if it is an id."""
+    if ref is None:
+        raise UserError(
+            "the embedded model does not ship yet; name a folder, hub id or file (--model)"
+        )
+    path = Path(ref)
+    if path.exists():
+        return path
+    if hub.is_id(str(ref)) and not path.parent.is_dir():
+        return hub.fetch(str(ref))
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, 1)
+    hint = f"; did you mean {path.parent / close[0]}?" if close else ""
+    raise UserError(f"no model folder or file {path}{hint}")
+
+
+def place(tensor: Tensor, dtype: Any, where: jax.sharding.Sharding) -> jax.Array:
+    """Reads a tensor onto its devices; a host reads only the blocks that its devices hold."""
+
+    def read(index: files.Slices | None) -> np.ndarray:
+        assert index is not None
+        block = tensor.read(index)
+        return block.astype(dtype or tensor.dtype, order="C", copy=False)
+
+    return jax.make_array_from_callback(tensor.shape, where, read)
+
+
+def _keys(flat: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes under released names: what a reader of the error can look up."""
+    return {rename.to_key(path): tuple(leaf.shape) for path, leaf in flat.items()}
+
+
+def _open_folder(path: Path, variant: str) -> tuple[Model, dict[str, Tensors]]:
+    index = path / "model_index.json"
+    if not index.is_file():
+        parts = [p for p in PARTS if (path / p).is_dir()]
+        what = f"only {', '.join(parts)}" if parts else "neither that nor any part of a model"
+        raise UserError(
+            f"{path} is no model folder: it should hold model_index.json and has {what}"
+        )
+    pipeline = config.read_json(index).get("_class_name", "")
+    if pipeline not in PIPELINES:
+        raise UserError(
+            f"{index} is of {pipeline}; only the Stable Diffusion 1.x and 2.x families are loaded"
+            + (" (SDXL's UNet is supported, whole SDXL folders are not yet)" * ("XL" in pipeline))
+        )
+    networks, tensors = {}, {}
+    for name, part in PARTS.items():
+        where = path / part.folder / "config.json"
+        networks[name] = part.read(_typed(config.read_json(where), part, where), str(where))
+        tensors[name] = part.tidy(files.open_folder(path / part.folder, part.stem, variant))
+    scheduler = config.read_json(path / "scheduler" / "scheduler_config.json")
+    tokenizer = Tokenizer.read(path / "tokenizer")
+    model = Model(
+        **networks, tokenizer=tokenizer, scheduler=scheduler, name=str(path), pipeline=pipeline
+    )
+    _check(model)
+    return model, tensors
+
+
+def _typed(data: dict[str, Any], part: Part, where: Path) -> dict[str, Any]:
+    found = data.get("_class_name", part.class_name)
+    if found != part.class_name:
+        raise UserError(f"{where} is of {found}, not of {part.class_name}")
+    return data
+
+
+def _open_single(path: Path) -> tuple[Model, dict[str, Tensors]]:
+    whole = files.open_file(path)
+    tensors = single_file.split(whole, str(path))
+    configs = single_file.configs(whole, path)
+    networks = {name: part.read(configs[name], f"{path}: {name}") for name, part in PARTS.items()}
+    scheduler = configs["scheduler"]
+    # The file holds no tokenizer; CLIP's vocabulary is one, and the families pad differently.
+    first = networks["text_encoder"].config.hidden_act == "quick_gelu"
+    tokenizer = Tokenizer.read(CLIP_TOKENIZER, pad="<|endoftext|>" if first else "!")
+    pipeline = pipeline_of(networks["unet"])
+    model = Model(
+        **networks, tokenizer=tokenizer, scheduler=scheduler, name=str(path), pipeline=pipeline
+    )
+    _check(model)
+    return model, tensors
+
+
+def pipeline_of(unet: UNet) -> str:
+    """The diffusers pipeline for a UNet's number of input channels."""
+    names = {9: "StableDiffusionInpaintPipeline", 8: "StableDiffusionInstructPix2PixPipeline"}
+    return names.get(unet.config.in_channels, "StableDiffusionPipeline")
+
+
+def _check(model: Model) -> None:
+    """The parts must fit each other."""
+    width, context = model.text_encoder.config.hidden_size, model.unet.config.cross_attention_dim
+    if width != context:
+        raise UserError(f"{model.name}: the text encoder is {width} wide, the UNet reads {context}")
+    if model.vae.config.latent_channels != model.unet.config.out_channels:
+        raise UserError(
+            f"{model.name}: the VAE has {model.vae.config.latent_channels} latent channels, "
+            f"the UNet predicts {model.unet.config.out_channels}"
+        )
+    if model.tokenizer.size > model.text_encoder.config.vocab_size:
+        raise UserError(
+            f"{model.name}: the tokenizer knows {model.tokenizer.size} tokens, the text encoder "
+            f"{model.text_encoder.config.vocab_size}"
+        )
+
+
+def save(model: Model, params: Params, folder: str | Path) -> None:
+    """Writes a folder that diffusers loads, all of it or nothing.
+
+    Tensors keep their dtype. Raises UserError if `folder` exists and is not empty, or cannot be
+    written.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already; name a new or empty folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    try:
+        _write(model, params, partial)
+        os.chmod(partial, 0o755)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(model: Model, params: Params, folder: Path) -> None:
+    index: dict[str, Any] = {"_class_name": model.pipeline}
+    for name, part in PARTS.items():
+        index[name] = [part.library, part.class_name]
+        files.save_folder(folder / part.folder, part.stem, _released(params[name]))
+        data = config.dump(getattr(model, name).config, part.class_name)
+        if part.library == "transformers":
+            del data["_class_name"]
+            data |= {"architectures": [part.class_name], "model_type": "clip_text_model"}
+        config.write_json(folder / part.folder / "config.json", data)
+    index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    model.tokenizer.save(folder / "tokenizer")
+    index["scheduler"] = ["diffusers", model.scheduler["_class_name"]]
+    (folder / "scheduler").mkdir()
+    config.write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler)
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    if model.pipeline in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
+        index |= {"image_encoder": [None, None], "requires_safety_checker": False}
+    config.write_json(folder / "model_index.json", index)
+
+
+def _released(params: Params) -> Iterator[tuple[str, Callable[[], np.ndarray], int]]:
+    """Keys, values and sizes of a tree as PyTorch has them."""
+    for path, leaf in trees.flatten(params).items():
+
+        def read(path: str = path, leaf: Any = leaf) -> np.ndarray:
+            array = np.asarray(leaf)
+            if path.endswith("/kernel"):
+                array = array.transpose(rename.TO_TORCH[array.ndim])
+            return array
+
+        yield rename.to_key(path), read, leaf.nbytes
+
+
+def describe(ref: str | Path) -> str:
+    """What a model holds, in lines for people: parts, sizes, prediction type, defaults."""
+    path = find(ref)
+    model, tensors = _open_single(path) if path.is_file() else _open_folder(path, "")
+    unet = model.unet.config
+    kinds = {9: "inpainting (9 channels)", 8: "instruction editing (8 channels)"}
+    side = unet.sample_size[0] if isinstance(unet.sample_size, tuple) else unet.sample_size
+    lines = [f"{path}: {model.pipeline}"]
+    for name in PARTS:
+        count = sum(int(np.prod(t.shape)) for t in tensors[name].values())
+        held = sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in tensors[name].values())
+        dtypes = "/".join(sorted({str(t.dtype) for t in tensors[name].values()}))
+        lines.append(f"  {name:<13} {count:>13,} parameters  {held / 2**20:>8.1f} MiB  {dtypes}")
+    lines += [
+        f"  kind          {kinds.get(unet.in_channels, 'text to image')}",
+        f"  predicts      {model.scheduler.get('prediction_type', 'epsilon')}",
+        f"  scheduler     {model.scheduler.get('_class_name')}",
+        f"  size          {f'{side * model.factor} pixels' if side else 'not stated'}, "
+        f"f = {model.factor}",
+        f"  text          {unet.cross_attention_dim} wide, {model.tokenizer.size} tokens",
+        "  branches      none",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,209 @@
+"""Attention, exact and chunked, and the transformer blocks of the UNet."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxgen.models.layers import Conv, Dense, GroupNorm, LayerNorm
+from jaxgen.types import Array, at_least_float32
+
+BLOCK = 512  # queries at a time; the scores of one block are what attention holds in memory
+
+
+def attend(q: Array, k: Array, v: Array, heads: int, causal: bool = False) -> Array:
+    """Multi-head softmax attention, scale 1/sqrt(head width); softmax in float32 at least.
+
+    Args:
+        q: [B, T, C] queries; k, v: [B, S, C].
+        heads: divides C.
+        causal: a query sees keys up to its own position.
+
+    Returns:
+        [B, T, C].
+    """
+    split = lambda x: x.reshape(*x.shape[:2], heads, -1)  # noqa: E731
+    q, k, v = split(q), split(k), split(v)
+    if _cudnn_runs(q, k):
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    elif q.shape[1] * k.shape[1] <= BLOCK * BLOCK or causal:
+        out = _attend_heads_first(q, k, v, causal)
+    else:
+        out = _attend_chunked(q, k, v)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def _cudnn_runs(q: Array, k: Array) -> bool:
+    """cuDNN's fused kernel: half precision, head width a multiple of 8, up to 128 (Hopper 256)."""
+    width = q.shape[-1]
+    if jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16) or width % 8:
+        return False
+    hopper = float(getattr(jax.devices()[0], "compute_capability", 0)) >= 9.0
+    return width <= (256 if hopper else 128)
+
+
+def _attend_heads_first(q: Array, k: Array, v: Array, causal: bool = False) -> Array:
+    """[B, T, N, D], [B, S, N, D] x2 -> [B, T, N, D], all scores at once."""
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    return _softmax_product(q, k, v, causal).transpose(0, 2, 1, 3)
+
+
+def _softmax_product(q: Array, k: Array, v: Array, causal: bool = False) -> Array:
+    """[B, N, T, D], [B, N, S, D] x2 -> [B, N, T, D]."""
+    scores = jnp.einsum("bntd,bnsd->bnts", q * (1 / math.sqrt(q.shape[-1])), k)
+    scores = at_least_float32(scores)
+    if causal:
+        scores = jnp.where(
+            jnp.tri(scores.shape[-2], scores.shape[-1], dtype=bool), scores, -jnp.inf
+        )
+    # The division by the sum comes after the product with v: it is smaller by S / D.
+    weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    out = jnp.einsum("bnts,bnsd->bntd", weights.astype(v.dtype), v)
+    return (out / total).astype(v.dtype)
+
+
+def _attend_chunked(q: Array, k: Array, v: Array) -> Array:
+    """The same by blocks of queries, recomputed in the backward pass: T x S never exists."""
+    batch, length, heads, width = q.shape
+    blocks = -(-length // BLOCK)
+    q = jnp.pad(q, ((0, 0), (0, blocks * BLOCK - length), (0, 0), (0, 0)))
+    q = q.reshape(batch, blocks, BLOCK, heads, width).transpose(1, 0, 3, 2, 4)
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+
+    out = lax.map(jax.checkpoint(lambda block: _softmax_product(block, k, v)), q)
+    out = out.transpose(1, 0, 3, 2, 4).reshape(batch, blocks * BLOCK, heads, width)
+    return out[:, :length]
+
+
+class SelfAttention(nn.Module):
+    """Attention of an image's tokens among themselves.
+
+    Attributes:
+        heads: number of heads.
+        bias: whether queries, keys and values have one (the VAE's do).
+        upcast: compute scores in float32 (SD 2.1 overflows half precision without).
+    """
+
+    heads: int
+    bias: bool = False
+    upcast: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, T, C] -> [B, T, C]."""
+        q, k, v = (
+            Dense(x.shape[-1], use_bias=self.bias, name=name)(x)
+            for name in ("to_q", "to_k", "to_v")
+        )
+        return _project_out(self, q, k, v)
+
+
+class CrossAttention(nn.Module):
+    """Attention from an image's tokens to the prompt's, whose keys and values are prepared.
+
+    They do not depend on time, so `UNet.prepare` computes them once per image into the collection
+    `cache`, under this module's own path. Only initialisation, which has no cache, makes them here.
+    """
+
+    heads: int
+    context: int  # width of the prompt's tokens
+    upcast: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, T, C] -> [B, T, C]."""
+
+        def shape_only(name: str) -> Array:
+            nothing = jnp.zeros((x.shape[0], 1, self.context), x.dtype)
+            return Dense(x.shape[-1], use_bias=False, name=name)(nothing)
+
+        q = Dense(x.shape[-1], use_bias=False, name="to_q")(x)
+        k = self.variable("cache", "k", shape_only, "to_k").value
+        v = self.variable("cache", "v", shape_only, "to_v").value
+        return _project_out(self, q, k, v)
+
+
+def _project_out(self: SelfAttention | CrossAttention, q: Array, k: Array, v: Array) -> Array:
+    if self.upcast:
+        q, k = at_least_float32(q), at_least_float32(k)
+    return Dense(q.shape[-1], name="to_out.0")(attend(q, k, v, self.heads))
+
+
+class GEGLU(nn.Module):
+    """The gated half of the feed-forward layer (Shazeer 2020), with the exact GELU."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, T, C] -> [B, T, features]."""
+        h, gate = jnp.split(Dense(2 * self.features, name="proj")(x), 2, -1)
+        return h * nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    """GEGLU of four times the width, and back."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, T, C] -> [B, T, C]."""
+        width = x.shape[-1]
+        return Dense(width, name="net.2")(GEGLU(4 * width, name="net.0")(x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the prompt, feed-forward; each normed before and added after."""
+
+    heads: int
+    context: int
+    upcast: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, T, C] -> [B, T, C]."""
+        x = x + SelfAttention(self.heads, upcast=self.upcast, name="attn1")(
+            LayerNorm(name="norm1")(x)
+        )
+        x = x + CrossAttention(self.heads, self.context, self.upcast, name="attn2")(
+            LayerNorm(name="norm2")(x)
+        )
+        return x + FeedForward(name="ff")(LayerNorm(name="norm3")(x))
+
+
+class Transformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map, as a residual.
+
+    Attributes:
+        depth: number of blocks.
+        linear: project in and out by matrices; otherwise by 1x1 convolutions, whose kernels have
+            another rank in checkpoints and are the same mathematics.
+    """
+
+    depth: int
+    heads: int
+    context: int
+    groups: int
+    linear: bool
+    upcast: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        batch, height, width, channels = x.shape
+
+        def project(name: str) -> nn.Module:
+            if self.linear:
+                return Dense(channels, name=name)
+            return Conv(channels, kernel=1, name=name)
+
+        h = GroupNorm(self.groups, 1e-6, name="norm")(x)
+        h = project("proj_in")(h).reshape(batch, height * width, channels)
+        for i in range(self.depth):
+            block = TransformerBlock(
+                self.heads, self.context, self.upcast, name=f"transformer_blocks.{i}"
+            )
+            h = block(h)
+        return x + project("proj_out")(h.reshape(x.shape))

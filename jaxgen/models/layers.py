@@ -1,0 +1,219 @@
+"""Linear maps, convolutions, norms, and the residual block that UNet and VAE share.
+
+Channels last. Layers compute in the dtype of their parameters, norms in float32 at least.
+"""
+
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxgen.types import Array, Params, at_least_float32
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+_kernel_init = nn.initializers.lecun_normal()
+
+
+def linear(params: Params, x: Array) -> Array:
+    """[..., I] -> [..., O] by `kernel` [I, O] and, where present, `bias` [O]."""
+    y = x @ params["kernel"]
+    return y + params["bias"] if "bias" in params else y
+
+
+class Dense(nn.Module):
+    """A linear map over the last axis."""
+
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., I] -> [..., features]."""
+        params = {"kernel": self.param("kernel", _kernel_init, (x.shape[-1], self.features))}
+        if self.use_bias:
+            params["bias"] = self.param("bias", nn.initializers.zeros, (self.features,))
+        return linear(params, x)
+
+
+class Conv(nn.Module):
+    """A 2D convolution with explicit padding, since string paddings differ from PyTorch's."""
+
+    features: int
+    kernel: int = 3
+    stride: int = 1
+    padding: Padding = ((1, 1), (1, 1))
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, H, W, I] -> [B, H', W', features]."""
+        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+        kernel = self.param("kernel", _kernel_init, shape)
+        padding = self.padding if self.kernel > 1 else ((0, 0), (0, 0))
+        y = convolve(x, kernel, self.stride, padding)
+        return y + self.param("bias", nn.initializers.zeros, shape[-1:]) if self.use_bias else y
+
+
+def convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    """[B, H, W, I] by [K, K, I, O], in the form that is fastest where it runs."""
+    size, _, inputs, _ = kernel.shape
+    if size == 1 and stride == 1:
+        return x @ kernel[0, 0]
+    if jax.default_backend() == "cpu" and _wide_and_small(x, inputs):
+        return _convolve_patches(x, kernel, stride, padding)
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _wide_and_small(x: Array, inputs: int) -> bool:
+    """Where XLA's CPU convolution falls far below its matmul (benchmarks/README.md)."""
+    return inputs >= 640 and x.shape[1] * x.shape[2] <= 32 * 32
+
+
+def _convolve_patches(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    """The same convolution as one matrix product over shifted copies of the image."""
+    size, _, inputs, outputs = kernel.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    height, width = ((n - size) // stride + 1 for n in x.shape[1:3])
+    shifted = [
+        x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+    return jnp.concatenate(shifted, -1) @ kernel.reshape(size * size * inputs, outputs)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with the two-pass variance: the fast one loses 1e-3 at large means."""
+
+    groups: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, ..., C] -> the same shape."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+
+        h = at_least_float32(x).reshape(x.shape[0], -1, self.groups, channels // self.groups)
+        mean = h.mean((1, 3), keepdims=True)
+        variance = jnp.square(h - mean).mean((1, 3), keepdims=True)
+        h = (h - mean) * lax.rsqrt(variance + self.epsilon)
+        return (h.reshape(x.shape) * scale + bias).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, two-pass."""
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., C] -> the same shape."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+
+        h = at_least_float32(x)
+        h = h - h.mean(-1, keepdims=True)
+        h = h * lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.epsilon)
+        return (h * scale + bias).astype(x.dtype)
+
+
+class ResBlock(nn.Module):
+    """Residual convolution block, shifted by the time embedding where there is one.
+
+    Submodules carry the names they have in released checkpoints, so loading one is a rename rule
+    and never a table.
+
+    Attributes:
+        features: output channels; when they differ from C, the skip path is a 1x1 convolution.
+        groups: GroupNorm groups; must divide both C and `features`.
+        epsilon: GroupNorm epsilon; Stable Diffusion uses 1e-5 in the UNet and 1e-6 in the VAE.
+    """
+
+    features: int
+    groups: int = 32
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array, temb: Array | None = None) -> Array:
+        """[B, H, W, C] image features, [B, E] time embedding -> [B, H, W, features]."""
+        norm = partial(GroupNorm, self.groups, self.epsilon)
+        conv = partial(Conv, self.features)
+
+        h = conv(name="conv1")(nn.silu(norm(name="norm1")(x)))
+        if temb is not None:  # the VAE's blocks have none
+            h = h + Dense(self.features, name="time_emb_proj")(nn.silu(temb))[:, None, None, :]
+        h = conv(name="conv2")(nn.silu(norm(name="norm2")(h)))
+
+        if x.shape[-1] != self.features:
+            x = conv(kernel=1, name="conv_shortcut")(x)
+        return x + h
+
+
+class Downsample(nn.Module):
+    """Halves height and width by a strided convolution."""
+
+    features: int
+    padding: Padding = ((1, 1), (1, 1))
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, H, W, C] -> [B, ~H/2, ~W/2, features]."""
+        return Conv(self.features, stride=2, padding=self.padding, name="conv")(x)
+
+
+class Upsample(nn.Module):
+    """Enlarges by nearest neighbour, then convolves."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array, height: int, width: int) -> Array:
+        """[B, H, W, C] -> [B, height, width, features]."""
+        return Conv(self.features, name="conv")(resize_nearest(x, height, width))
+
+
+def resize_nearest(x: Array, height: int, width: int) -> Array:
+    """[B, H, W, C] -> [B, height, width, C], source index floor(i * in / out) as in PyTorch."""
+    if (height, width) == (2 * x.shape[1], 2 * x.shape[2]):
+        return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    rows = jnp.arange(height) * x.shape[1] // height
+    columns = jnp.arange(width) * x.shape[2] // width
+    return x[:, rows][:, :, columns]
+
+
+def sinusoids(value: Array, features: int, shift: float = 0.0, cosine_first: bool = True) -> Array:
+    """Sinusoidal embedding (Vaswani et al. 2017) of numbers [...] -> [..., features].
+
+    Args:
+        shift: `freq_shift` of the checkpoint; Stable Diffusion has 0.
+        cosine_first: Stable Diffusion's order (`flip_sin_to_cos`).
+    """
+    value = at_least_float32(jnp.asarray(value))
+    half = features // 2
+    exponent = -math.log(10000.0) * jnp.arange(half, dtype=value.dtype) / (half - shift)
+    angle = value[..., None] * jnp.exp(exponent)
+    pair = [jnp.cos(angle), jnp.sin(angle)] if cosine_first else [jnp.sin(angle), jnp.cos(angle)]
+    return jnp.concatenate(pair, -1)
+
+
+class EmbeddingMLP(nn.Module):
+    """Two linear layers that turn a sinusoidal embedding into the network's own."""
+
+    features: int
+    condition: int = 0  # width of a guidance embedding added before the first layer
+
+    @nn.compact
+    def __call__(self, x: Array, condition: tuple[Array, ...] = ()) -> Array:
+        """[B, I], and perhaps a guidance embedding [B, condition] -> [B, features]."""
+        if self.condition:
+            x = x + Dense(x.shape[-1], use_bias=False, name="cond_proj")(*condition)
+        return Dense(self.features, name="linear_2")(
+            nn.silu(Dense(self.features, name="linear_1")(x))
+        )

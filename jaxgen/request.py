@@ -1,0 +1,280 @@
+"""What one asks of a model, checked on the host before anything compiles."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxgen.data import images, prompts
+from jaxgen.denoiser import Model
+from jaxgen.diffusion import schedule as schedules
+from jaxgen.types import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """Everything that decides the pictures, beside the model. The command's options, by name.
+
+    Image i of a prompt depends on its prompt, these settings and (seed, i), and on nothing else:
+    not on the batch, the devices, or the other prompts.
+
+    Attributes:
+        prompts: one or more; `(text:1.3)` weighs, `\\(` escapes.
+        negative: what guidance leads away from.
+        steps: of a full run, from pure noise, up to 1000.
+        sampler: one of `samplers.SAMPLERS`; the model's own by default.
+        guidance: scale of classifier-free guidance; 1 or less turns it off.
+        image_guidance: of instruction-editing models, how closely to follow the picture.
+        rescale: share of the guided prediction brought back to the contrast of the unguided one.
+        guidance_interval: part of the run, as fractions, in which guidance acts.
+        eta: DDIM's share of fresh noise, 0 to 1.
+        karras: noise levels of Karras et al. 2022 (euler and dpmpp).
+        clip_skip: layers of the text encoder left out at its end.
+        seed: 0 to 2**32 - 1.
+        count: images per prompt.
+        batch: images at once, over all devices; by default 1 per CPU, 4 per accelerator.
+        size: (width, height) in pixels.
+        image: uint8 [H, W, 3] to start from, or to edit.
+        strength: how far an image is noised, 0 < strength <= 1; 0.8 by default.
+        mask: bool [H, W], True where the image is repainted.
+        latents: float32 [N, H/f, W/f, C] standard normal noise instead of the seed's, with N = 1
+            or prompts x count.
+    """
+
+    prompts: Sequence[str]
+    negative: str = ""
+    steps: int = 30
+    sampler: str | None = None
+    guidance: float = 7.5
+    image_guidance: float = 1.5
+    rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    eta: float = 0.0
+    karras: bool = False
+    clip_skip: int = 0
+    seed: int = 0
+    count: int = 1
+    batch: int | None = None
+    size: tuple[int, int] | None = None
+    image: np.ndarray | None = None
+    strength: float | None = None
+    mask: np.ndarray | None = None
+    latents: np.ndarray | None = None
+
+
+class Plan(NamedTuple):
+    """A request that a model can fulfil."""
+
+    request: Request
+    schedule: schedules.Schedule
+    grid: schedules.Grid
+    start: int  # first row of the grid that is run
+    from_noise: bool  # whether the run starts from pure noise, not from the noised image
+    size: tuple[int, int]  # width, height in pixels
+    latent_shape: tuple[int, int, int]  # h, w, C
+    image: np.ndarray  # uint8 [H, W, 3] at `size`; empty without one
+    mask: np.ndarray  # bool [h, w] at the latents' size; empty without one
+    pixel_mask: np.ndarray  # bool [H, W] at `size`; empty without one
+    texts: list[tuple[np.ndarray, np.ndarray]]  # per prompt: ids and weights, [2, n, 77] each
+
+    @property
+    def total(self) -> int:
+        """Images in all."""
+        return len(self.request.prompts) * self.request.count
+
+    inpaints: bool  # the UNet reads a mask and the masked image
+    edits: bool  # the UNet reads the image to edit
+
+    @property
+    def blends(self) -> bool:
+        """Whether what stays is put back after each step, for a UNet that reads no mask."""
+        return self.mask.size > 0 and not self.inpaints
+
+    @property
+    def starts_from_image(self) -> bool:
+        """Whether the image's latents take part in the run itself."""
+        return self.image.size > 0 and not self.edits
+
+    @property
+    def calls(self) -> int:
+        """Steps that run for each batch."""
+        return self.grid.length - self.start
+
+
+def plan(model: Model, request: Request) -> Plan:
+    """Checks a request against a model. Raises UserError, one line, for what does not fit."""
+    _check_numbers(model, request)
+    inpaints, edits = _kind(model)
+    _check_images(model, request, inpaints, edits)
+    size = width, height = _size(model, request)
+    image, pixel_mask = _resized(request, width, height)
+    mask = pixel_mask[:: model.factor, :: model.factor]
+    if mask.size and not mask.any():
+        raise UserError(
+            f"the mask's white spots are smaller than {model.factor} pixels, and vanish"
+        )
+
+    schedule = read_schedule(model, request.sampler, request.karras)
+    if request.eta and schedule.sampler != "ddim":
+        raise UserError(f"eta belongs to the sampler ddim, not to {schedule.sampler}")
+    start, from_noise = _start(request, edits)
+    grid = schedules.grid(schedule, request.steps, start, request.eta)
+
+    latent = (height // model.factor, width // model.factor, model.vae.config.latent_channels)
+    checked = Plan(
+        request,
+        schedule,
+        grid,
+        start,
+        from_noise,
+        size,
+        latent,
+        image,
+        mask,
+        pixel_mask,
+        [_text(model, prompt, request.negative) for prompt in request.prompts],
+        inpaints,
+        edits,
+    )
+    if request.latents is not None:
+        _check_latents(request.latents, checked)
+    return checked
+
+
+def read_schedule(model: Model, sampler: str | None, karras: bool = False) -> schedules.Schedule:
+    """The model's schedule for a sampler, its own by default."""
+    where = f"{model.name}: scheduler_config.json"
+    schedule = schedules.Schedule.read(model.scheduler, sampler, where)
+    if karras:
+        if schedule.sampler not in ("euler", "dpmpp"):
+            raise UserError(
+                f"karras belongs to the samplers euler and dpmpp, not to {schedule.sampler}"
+            )
+        schedule = dataclasses.replace(schedule, use_karras_sigmas=True)
+    return schedule
+
+
+def _check_numbers(model: Model, request: Request) -> None:
+    r = request
+    if not r.prompts:
+        raise UserError("no prompt is given; an empty one is written ''")
+    for name in ("guidance", "image_guidance", "rescale", "eta"):
+        if not math.isfinite(getattr(r, name)):
+            raise UserError(f"{name} = {getattr(r, name)} is not a finite number")
+    ranges: tuple[tuple[str, float, float], ...] = (
+        ("steps", 1, schedules.MAX_STEPS),
+        ("count", 1, 2**31 - 1),
+        ("seed", 0, 2**32 - 1),
+        ("clip_skip", 0, model.text_encoder.config.num_hidden_layers - 1),
+        ("rescale", 0, 1),
+        ("eta", 0, 1),
+    )
+    for name, low, high in ranges:
+        value = getattr(r, name)
+        if not low <= value <= high:
+            raise UserError(f"{name} = {value} is not within {low} to {high}")
+    if r.batch is not None and r.batch < 1:
+        raise UserError(f"batch = {r.batch} is not 1 or more")
+    if r.strength is not None and not 0 < r.strength <= 1:  # nan fails too
+        raise UserError(f"strength = {r.strength} is not above 0 and at most 1")
+    first, last = r.guidance_interval
+    if not 0 <= first < last <= 1:
+        raise UserError(f"guidance_interval = {first},{last} is not 0 <= low < high <= 1")
+
+
+def _kind(model: Model) -> tuple[bool, bool]:
+    """Whether the UNet reads a mask and the masked image, and whether it reads an image to edit."""
+    channels, plain = model.unet.config.in_channels, model.vae.config.latent_channels
+    if channels not in (plain, 2 * plain, 2 * plain + 1):
+        raise UserError(f"{model.name}: a UNet of {channels} input channels is of no known kind")
+    return channels == 2 * plain + 1, channels == 2 * plain
+
+
+def _check_images(model: Model, request: Request, inpaints: bool, edits: bool) -> None:
+    """The image and the mask must be there where this model needs them, and only there."""
+    if request.mask is not None and request.image is None:
+        raise UserError("a mask needs the image that it covers (image)")
+    if inpaints and request.mask is None:
+        raise UserError(f"{model.name} is an inpainting model: it needs an image and a mask")
+    if edits and request.image is None:
+        raise UserError(f"{model.name} edits pictures: it needs an image")
+    if edits and request.mask is not None:
+        raise UserError(f"{model.name} edits whole pictures: it takes no mask")
+    if request.strength is not None and (request.image is None or edits):
+        why = (
+            "edits pictures from pure noise" if edits else "starts from pure noise without an image"
+        )
+        raise UserError(f"strength has no effect here: the model {why}")
+
+
+def _size(model: Model, request: Request) -> tuple[int, int]:
+    f, image = model.factor, request.image
+    if request.size is not None:
+        width, height = request.size
+        if width < f or height < f or width % f or height % f:
+            near = f"{max(f, width // f * f)}x{max(f, height // f * f)}"
+            raise UserError(f"size {width}x{height} is not divisible by {f}; {near} is")
+        return width, height
+    if image is not None:
+        height, width = image.shape[:2]
+        if min(width, height) < f:
+            raise UserError(f"the image is {width}x{height} and needs {f} pixels or more each way")
+        return width // f * f, height // f * f
+    side = model.unet.config.sample_size
+    if side is None:
+        raise UserError(f"{model.name} does not state its size; give one (size)")
+    height, width = side if isinstance(side, tuple) else (side, side)
+    return width * f, height * f
+
+
+def _start(request: Request, edits: bool) -> tuple[int, bool]:
+    """The first step to run, and whether it starts from pure noise."""
+    if request.image is None or edits:
+        return 0, True
+    strength = 0.8 if request.strength is None else request.strength
+    # In double precision: int(100 * 0.29) is 28, and would be 29 in float32.
+    count = min(int(request.steps * strength), request.steps)
+    if count < 1:
+        least = math.ceil(1 / strength)
+        raise UserError(
+            f"strength {strength} of {request.steps} steps leaves none to run; take {least} or more"
+        )
+    # As in diffusers: only inpainting at full strength forgets the picture altogether.
+    return request.steps - count, request.mask is not None and strength == 1
+
+
+def _text(model: Model, prompt: str, negative: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and weights [2, n, 77] of (negative, prompt), padded to the longer one."""
+    both = [prompts.chunks(model.tokenizer, text) for text in (negative, prompt)]
+    n = max(len(ids) for ids, _ in both)
+    both = [prompts.pad_chunks(model.tokenizer, *pair, n) for pair in both]
+    return np.stack([ids for ids, _ in both]), np.stack([weights for _, weights in both])
+
+
+def _check_latents(latents: np.ndarray, checked: Plan) -> None:
+    counts = {1, checked.total}
+    wanted = [f"[{', '.join(map(str, (n, *checked.latent_shape)))}]" for n in sorted(counts)]
+    if latents.dtype != np.float32 or latents.shape not in {
+        (n, *checked.latent_shape) for n in counts
+    }:
+        raise UserError(
+            f"latents are {latents.dtype} {list(latents.shape)}, and must be float32 "
+            f"{' or '.join(wanted)} (prompts x count, height / f, width / f, channels)"
+        )
+    if not np.isfinite(latents).all():
+        raise UserError("latents hold numbers that are not finite")
+
+
+def _resized(request: Request, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """The image, uint8 [H, W, 3], and the mask, bool [H, W], at a size; empty where absent."""
+    image, mask = np.zeros((0, 0, 3), np.uint8), np.zeros((0, 0), bool)
+    if request.image is not None:
+        image = images.resize(request.image, width, height)
+        if request.mask is not None:
+            images.check_mask(request.mask, request.image.shape[1::-1])
+            rows = np.arange(height) * request.mask.shape[0] // height
+            columns = np.arange(width) * request.mask.shape[1] // width
+            mask = request.mask[rows][:, columns]
+    return image, mask

@@ -1,0 +1,213 @@
+"""Safetensors files as lazily read tensors, and back. Nothing here unpickles anything."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxgen.config import read_json
+from jaxgen.types import UserError
+
+Slices = tuple[slice, ...]
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+SHARD_BYTES = 5_000_000_000
+
+
+class Tensor(NamedTuple):
+    """A tensor on disk: its shape is known, its values are read when and where they are needed."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Slices], np.ndarray]  # one slice per axis -> that block; slices have step 1
+
+    def rows(self, start: int, stop: int) -> "Tensor":
+        """The block [start:stop] of the first axis, as a tensor of its own."""
+
+        def read(index: Slices) -> np.ndarray:
+            first, last, _ = index[0].indices(stop - start)
+            return self.read((slice(start + first, start + last), *index[1:]))
+
+        return Tensor((stop - start, *self.shape[1:]), self.dtype, read)
+
+    def transposed(self, *axes: int) -> "Tensor":
+        """The same values with axis `axes[i]` of this tensor as axis i."""
+        inverse = np.argsort(axes)
+
+        def read(index: Slices) -> np.ndarray:
+            return self.read(tuple(index[i] for i in inverse)).transpose(axes)
+
+        return Tensor(tuple(self.shape[i] for i in axes), self.dtype, read)
+
+    def squeezed(self) -> "Tensor":
+        """A 1x1 convolution's kernel (O, I, 1, 1) as a matrix (O, I)."""
+
+        def read(index: Slices) -> np.ndarray:
+            return self.read((*index, slice(0, 1), slice(0, 1)))[:, :, 0, 0]
+
+        return Tensor(self.shape[:2], self.dtype, read)
+
+    def numpy(self) -> np.ndarray:
+        """All of it."""
+        return self.read(tuple(slice(0, n) for n in self.shape))
+
+
+Tensors = dict[str, Tensor]
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+def open_file(path: Path) -> Tensors:
+    """The tensors of one safetensors file, by key; the file stays mapped, nothing is read yet.
+
+    Raises:
+        UserError: for pickles (which can run code), and for files that are empty, truncated or of
+            another format; each names the file and the way out.
+    """
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"{path} is a pickle, which can run code when read; convert it to safetensors first "
+            "(diffusers: load it and save_pretrained(..., safe_serialization=True))"
+        )
+    try:
+        file = safe_open(path, "np")
+        keys = list(file.keys())
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size if path.is_file() else 0
+        what = "is empty" if size == 0 else f"is damaged, truncated or not safetensors ({error})"
+        raise UserError(f"{path} {what}; download it again") from None
+
+    def tensor(key: str) -> Tensor:
+        view = file.get_slice(key)
+        name = view.get_dtype()
+        if name not in _DTYPES:
+            raise UserError(f"{path}: tensor {key} has dtype {name}, which is not supported")
+        shape = tuple(view.get_shape())
+
+        def read(index: Slices) -> np.ndarray:
+            if not shape or 0 in shape:  # safetensors cannot slice these
+                return file.get_tensor(key)[(*index, ...)]
+            return view[index]
+
+        return Tensor(shape, _DTYPES[name], read)
+
+    return {key: tensor(key) for key in keys}
+
+
+def open_folder(folder: Path, stem: str, variant: str = "") -> Tensors:
+    """The tensors of one part of a model folder, sharded or not.
+
+    Args:
+        folder: e.g. `model/unet`.
+        stem: file name without its suffix, e.g. `diffusion_pytorch_model`.
+        variant: e.g. `fp16`, for `stem.fp16.safetensors`. Without one, the only variant present
+            serves if there is no plain file.
+    """
+    for name in [variant] if variant else ["", "fp16", "bf16", "non_ema", "ema_only"]:
+        infix = f".{name}" if name else ""
+        whole = folder / f"{stem}{infix}.safetensors"
+        if whole.is_file():
+            return open_file(whole)
+        for index in (
+            f"{stem}.safetensors.index{infix}.json",
+            f"{stem}{infix}.safetensors.index.json",
+        ):
+            if (folder / index).is_file():
+                return _open_shards(folder / index)
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
+    if pickles:
+        raise UserError(
+            f"{folder} has only {pickles[0]}, a pickle, which can run code when read; convert it "
+            "to safetensors first (diffusers: save_pretrained(..., safe_serialization=True))"
+        )
+    raise UserError(f"{folder} has no {stem}{f'.{variant}' if variant else ''}.safetensors")
+
+
+def _open_shards(index: Path) -> Tensors:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} has no weight_map")
+    for name in weight_map.values():
+        # The index comes from outside: a shard lies beside it and nowhere else.
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise UserError(f"{index} names {name!r}, which is no safetensors file beside it")
+    shards = {name: open_file(index.parent / name) for name in sorted(set(weight_map.values()))}
+    absent = [key for key, name in weight_map.items() if key not in shards[name]]
+    if absent:
+        raise UserError(f"{index} promises {len(absent)} tensors its shards lack: {absent[0]} ...")
+    return {key: shards[name][key] for key, name in weight_map.items()}
+
+
+def save_folder(
+    folder: Path,
+    stem: str,
+    tensors: Iterable[tuple[str, Callable[[], np.ndarray], int]],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes `stem.safetensors`, or numbered shards and their index where it would be too large.
+
+    Args:
+        tensors: (key, values on demand, bytes) of each tensor, so that one shard at a time is held.
+    """
+    shards: list[dict[str, Callable[[], np.ndarray]]] = [{}]
+    held = total = 0
+    for key, read, size in tensors:
+        if held and held + size > shard_bytes:
+            shards.append({})
+            held = 0
+        shards[-1][key] = read
+        held, total = held + size, total + size
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt"}  # transformers and diffusers ask for it
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"{stem}.safetensors"
+        if len(shards) > 1:
+            name = f"{stem}-{i:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(shard, name)
+        values = {k: np.asarray(f(), order="C") for k, f in shard.items()}
+        save_file(values, folder / name, metadata)
+        os.chmod(folder / name, 0o644)
+    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index.write_text(json.dumps(content, indent=2) + "\n")
+        whole.unlink(missing_ok=True)  # left by an earlier save, it would be read instead
+    else:
+        index.unlink(missing_ok=True)
+
+
+def report(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Compares tensor names and shapes; one error tells of every difference at once."""
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
+    shapes = [
+        f"{k} is {list(found[k])} and should be {list(expected[k])}"
+        for k in sorted(expected.keys() & found.keys())
+        if tuple(expected[k]) != tuple(found[k])
+    ]
+    parts = []
+    for title, items in (("missing", missing), ("unexpected", extra), ("misshapen", shapes)):
+        if items:
+            parts.append(f"{len(items)} {title}: {', '.join(items)}")
+    if parts:
+        raise UserError(f"{where} does not fit its config; " + "; ".join(parts))
