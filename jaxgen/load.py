@@ -88,16 +88,33 @@ def load(
     Raises:
         UserError: one line that names what is missing, damaged or not supported.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    model, tensors = open_model(ref, variant)
+    return model, read_params(model, tensors, dtype, mesh, rules)
+
+
+def open_model(ref: str | Path | None, variant: str = "") -> tuple[Model, dict[str, Tensors]]:
+    """A model and its tensors by part and released key, none of them read yet."""
     path = find(ref)
     model, tensors = _open_single(path) if path.is_file() else _open_folder(path, variant)
+    return dataclasses.replace(model, name=str(ref)), tensors
+
+
+def read_params(
+    model: Model,
+    tensors: Mapping[str, Tensors],
+    dtype: str | None = "f32",
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = (),
+) -> Params:
+    """The tensors of `open_model` as parameters on their devices; arguments as in `load`."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     params = {}
     for name in PARTS:
         network = getattr(model, name)
         found = rename.by_path(tensors[name])
         expected = trees.flatten(jax.eval_shape(network.init, jax.random.key(0)))
-        files.report(_keys(expected), _keys(found), f"{path}: {name}")
+        files.report(_keys(expected), _keys(found), f"{model.name}: {name}")
         params[name] = trees.unflatten(
             {
                 p: place(
@@ -106,7 +123,7 @@ def load(
                 for p in expected
             }
         )
-    return model, params
+    return params
 
 
 def find(ref: str | Path | None) -> Path:
@@ -224,8 +241,7 @@ def save(model: Model, params: Params, folder: str | Path) -> None:
     written.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists already; name a new or empty folder")
+    check_new(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -241,6 +257,12 @@ def save(model: Model, params: Params, folder: str | Path) -> None:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(folder: Path) -> None:
+    """UserError if there is something at `folder` already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already; name a new or empty folder")
 
 
 def _write(model: Model, params: Params, folder: Path) -> None:
@@ -279,12 +301,11 @@ def _released(params: Params) -> Iterator[tuple[str, Callable[[], np.ndarray], i
 
 def describe(ref: str | Path) -> str:
     """What a model holds, in lines for people: parts, sizes, prediction type, defaults."""
-    path = find(ref)
-    model, tensors = _open_single(path) if path.is_file() else _open_folder(path, "")
+    model, tensors = open_model(ref)
     unet = model.unet.config
     kinds = {9: "inpainting (9 channels)", 8: "instruction editing (8 channels)"}
     side = unet.sample_size[0] if isinstance(unet.sample_size, tuple) else unet.sample_size
-    lines = [f"{path}: {model.pipeline}"]
+    lines = [f"{ref}: {model.pipeline}"]
     for name in PARTS:
         count = sum(int(np.prod(t.shape)) for t in tensors[name].values())
         held = sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in tensors[name].values())

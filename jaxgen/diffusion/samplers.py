@@ -51,7 +51,7 @@ def fresh_noise(x: Array, point: Point, keys: Array | None) -> Array | float:
 
 
 def ddim(denoise: Denoiser, state: State, point: Point, keys: Array | None) -> State:
-    """One step of DDIM (Song et al. 2021, eq. 12).
+    """One step of DDIM (Song et al. 2021, eq. 12): x' = signal' * clean + keep * eps + fresh * n.
 
     It also serves Euler (Karras et al. 2022, algorithm 1) and its ancestral form: with x = clean +
     sigma * eps, the Euler step x + (x - clean) / sigma * (sigma_next - sigma) is clean +

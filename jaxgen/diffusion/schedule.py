@@ -169,7 +169,11 @@ class Schedule:
             raise UserError(f"betas {self.beta_start} to {self.beta_end} do not rise within 0 to 1")
         if self.trained_betas is not None and len(self.trained_betas) != total:
             raise UserError(f"trained_betas holds {len(self.trained_betas)} values, not {total}")
-        if not 1 <= self.original_inference_steps <= total:
+        if self.trained_betas is not None and not all(0 < beta <= 1 for beta in self.trained_betas):
+            raise UserError("trained_betas holds values that are not above 0 and at most 1")
+        if not isinstance(self.steps_offset, int) or self.steps_offset < 0:
+            raise UserError(f"steps_offset = {self.steps_offset!r} is not a whole number from 0")
+        if self.sampler == "lcm" and not 1 <= self.original_inference_steps <= total:
             raise UserError(
                 f"original_inference_steps = {self.original_inference_steps} is not 1 to {total}"
             )
@@ -301,8 +305,8 @@ def grid(schedule: Schedule, steps: int, start: int = 0, eta: float = 0.0) -> Gr
     signal, noise = rows.here
     if schedule.prediction_type == "epsilon" and not signal[start:].all():
         raise UserError(
-            "the first point of a zero-SNR schedule has no signal, which prediction_type = "
-            "'epsilon' divides by; use a model with v_prediction, or timestep_spacing = 'leading'"
+            "prediction_type = 'epsilon' divides by the signal, and the first point of a schedule "
+            "with rescale_betas_zero_snr has none; use a model with v_prediction"
         )
     scale = (signal**2 + noise**2) ** -0.5 if variance_exploding else np.ones(length)
     clean, eps = _conversion(schedule.prediction_type, signal, noise, scale)
@@ -407,8 +411,8 @@ def _times(schedule: Schedule, steps: int) -> np.ndarray:
     times += schedule.steps_offset
     if times[0] >= total or count > total:
         raise UserError(
-            f"steps = {steps} at leading spacing and steps_offset = {schedule.steps_offset} leave "
-            f"the {total} timesteps of this schedule; take fewer, or another timestep_spacing"
+            f"steps = {steps} at leading spacing with steps_offset = {schedule.steps_offset} need "
+            f"more than {total} timesteps; take fewer steps, or another timestep_spacing"
         )
     return times
 
@@ -529,8 +533,9 @@ _ADAMS_BASHFORTH = np.array(
 def _pndm_rows(schedule: Schedule, steps: int, start: int, eta: float) -> _Rows:
     """Pseudo linear multistep (Liu et al. 2022) with its first step done twice: steps + 1 rows.
 
-    The second call of a run repeats the first step from the saved x. Where the second row is, it
-    is in diffusers regardless of `start`; so a run from row 1 repeats a step it did not take.
+    The second call of a run goes back to the saved x and takes the first step again, to end at its
+    own row's time. In a run from row 1 that is the time at which the run began: diffusers takes
+    again a step that it never took, and so does this.
     """
     times = _times(schedule, steps).astype(int)
     times = np.concatenate([times[:2], times[1:]])

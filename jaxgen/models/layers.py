@@ -9,6 +9,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxgen.types import Array, Params, at_least_float32
@@ -197,8 +198,8 @@ def sinusoids(value: Array, features: int, shift: float = 0.0, cosine_first: boo
     """
     value = at_least_float32(jnp.asarray(value))
     half = features // 2
-    exponent = -math.log(10000.0) * jnp.arange(half, dtype=value.dtype) / (half - shift)
-    angle = value[..., None] * jnp.exp(exponent)
+    frequencies = np.exp(-math.log(10000.0) * np.arange(half) / (half - shift))
+    angle = value[..., None] * jnp.asarray(frequencies, value.dtype)
     pair = [jnp.cos(angle), jnp.sin(angle)] if cosine_first else [jnp.sin(angle), jnp.cos(angle)]
     return jnp.concatenate(pair, -1)
 

@@ -37,7 +37,8 @@ def fetch(ref: str) -> Path:
     except (LocalEntryNotFoundError, OSError, ValueError):
         pass
     try:
-        names = wanted(hub.list_repo_files(ref))
+        siblings = hub.HfApi().model_info(ref, timeout=10).siblings or []
+        names = wanted([file.rfilename for file in siblings])
         return Path(hub.snapshot_download(ref, allow_patterns=names))
     except Exception as error:  # the client's own errors are many, and each means the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

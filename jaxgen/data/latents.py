@@ -1,0 +1,53 @@
+"""Starting noise from files: a plain array, or a seed with the settings that it was found for."""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgen.types import UserError
+
+MAX_BYTES = 1 << 30
+SETTINGS = ("sampler", "steps", "guidance", "model")  # what a seed was found under
+
+
+def read_latents(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The noise in a `.npy` [N, h, w, C], or in a `seed.npz` with the settings it needs.
+
+    Raises:
+        UserError: for files that are missing, damaged, too large, or of another kind.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(
+                f"{path} is larger than {MAX_BYTES >> 20} MiB; is it a file of latents?"
+            )
+        if path.suffix == ".npy":
+            # Mapped, so that a header that promises too much allocates nothing.
+            return np.array(np.load(path, mmap_mode="r", allow_pickle=False)), {}
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                held = {name: archive[name] for name in archive.files}
+            if "noise" not in held:
+                raise UserError(f"{path} holds no array named noise; is it a seed.npz?")
+            return held["noise"], {k: held[k].item() for k in SETTINGS if k in held}
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged or no file of latents: {error}") from None
+    raise UserError(f"{path} is neither .npy (latents) nor .npz (a seed)")
+
+
+def check_settings(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """A seed shows what it was found for under its own settings alone; UserError names the rest."""
+    wrong = [
+        f"{name} {found[name]} (here {settings[name]})"
+        for name in SETTINGS
+        if name in found and found[name] != settings[name]
+    ]
+    if wrong:
+        raise UserError(f"{path} was found under {', '.join(wrong)}; use the same")

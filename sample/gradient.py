@@ -1,0 +1,45 @@
+"""A gradient through the sampler: the starting noise that makes an image brighter.
+
+python sample/gradient.py MODEL "a fox in snow"
+
+The same few lines carry any differentiable score of an image: the loop is a scan whose memory is
+that of one step, however many there are.
+"""
+
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxgen
+from jaxgen import denoiser, generate, request, sharding
+from jaxgen.diffusion import guidance, samplers, schedule
+from jaxgen.types import Array, Params
+
+
+def main(folder: str, prompt: str) -> None:
+    model, params = jaxgen.load(folder)
+    asked = request.Request(prompts=[prompt], sampler="ddim", steps=8)
+    plan = request.plan(model, asked)
+    weights, inputs = generate.condition(model, params, plan, [0], sharding.data_mesh(1))
+    grid = schedule.grid(plan.schedule, asked.steps).points
+
+    def brightness(noise: Array, params: Params) -> Array:
+        cache = denoiser.prepare(model.unet, params, inputs)
+        denoise = denoiser.bind(model.unet, params, cache)
+        guided = guidance.guide(denoise, weights.scales)
+        latents = samplers.unroll(samplers.ddim, guided, samplers.State(noise, ()), grid, None).x
+        return model.vae.decode(params["vae"], latents).mean()
+
+    step = jax.jit(jax.value_and_grad(partial(brightness)))
+    noise, _ = generate.draw(np.uint32(0), np.arange(1, dtype=np.uint32), shape=plan.latent_shape)
+    for i in range(5):
+        value, slope = step(noise, params)
+        print(f"iteration {i}: mean brightness {float(value):+.4f}")
+        noise = noise + 2.0 * slope / jnp.linalg.norm(slope)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,173 @@
+"""Attention and transformer blocks against PyTorch; chunks against the whole."""
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+from jaxgen import trees
+from jaxgen.models import attention, unet
+from tests.torch_oracle import error, nhwc, params_of, randomise
+
+TOLERANCE = 1e-5
+
+
+def qkv(length, keys, width, seed=0, scale=1.0):
+    rng = np.random.default_rng(seed)
+    shapes = [(2, length, width), (2, keys, width), (2, keys, width)]
+    return [jnp.asarray(scale * rng.normal(size=s), jnp.float32) for s in shapes]
+
+
+def torch_attention(q, k, v, heads, causal):
+    q, k, v = (
+        torch.from_numpy(np.array(x)).unflatten(-1, (heads, -1)).transpose(1, 2).requires_grad_()
+        for x in (q, k, v)
+    )
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    weight = torch.arange(out.numel()).reshape(out.transpose(1, 2).shape).sin().transpose(1, 2)
+    (out * weight).sum().backward()
+    merge = lambda x: x.detach().transpose(1, 2).flatten(2)  # noqa: E731
+    return merge(out), [merge(x.grad) for x in (q, k, v)]
+
+
+def value_and_gradients(f, *arrays):
+    def weighed(*arrays):
+        out = f(*arrays)
+        return (out * jnp.sin(jnp.arange(out.size)).reshape(out.shape)).sum(), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(weighed, (0, 1, 2), has_aux=True))(*arrays)
+    return out, grads
+
+
+CHUNKS = [(16, 16), (37, 37), (33, 5), (5, 40), (32, 7)]
+
+
+@pytest.mark.parametrize(("length", "keys"), CHUNKS)
+@pytest.mark.parametrize("block", [16, 512], ids=["chunked", "whole"])
+def test_attention_matches_torch_in_value_and_gradient(length, keys, block, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", block)
+    arrays = qkv(length, keys, 24)
+    out, grads = torch_attention(*arrays, heads=3, causal=False)
+    actual, ours = value_and_gradients(lambda *a: attention.attend(*a, heads=3), *arrays)
+    assert error(actual, out) < TOLERANCE
+    for got, expected in zip(ours, grads, strict=True):
+        assert error(got, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("length", [1, 77])
+def test_causal_attention_matches_torch_in_value_and_gradient(length):
+    arrays = qkv(length, length, 16)
+    out, grads = torch_attention(*arrays, heads=2, causal=True)
+    actual, ours = value_and_gradients(lambda *a: attention.attend(*a, 2, causal=True), *arrays)
+    assert error(actual, out) < TOLERANCE
+    for got, expected in zip(ours, grads, strict=True):
+        assert float(np.abs(got - expected.numpy()).max()) < TOLERANCE
+
+
+def test_long_attention_never_holds_all_scores(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    q, k, v = qkv(160, 160, 8)
+
+    def temp_bytes(f):
+        loss = jax.value_and_grad(lambda *a: f(*a).sum(), (0, 1, 2))
+        return jax.jit(loss).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+
+    all_scores = 2 * 160 * 160 * 4  # [batch, T, S] of one head in float32
+    assert temp_bytes(lambda *a: attention.attend(*a, heads=1)) < all_scores
+    monkeypatch.setattr(attention, "BLOCK", 512)
+    assert temp_bytes(lambda *a: attention.attend(*a, heads=1)) >= all_scores
+
+
+@pytest.mark.parametrize("block", [8, 512], ids=["chunked", "whole"])
+def test_softmax_of_half_precision_is_in_float32(block, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", block)
+    arrays = [x.astype(jnp.bfloat16) for x in qkv(20, 20, 8, scale=0.5)]
+    jaxpr = jax.make_jaxpr(lambda *a: attention.attend(*a, heads=1))(*arrays)
+    dtypes = {str(e.invars[0].aval.dtype) for e in equations(jaxpr.jaxpr) if is_softmax(e)}
+    assert dtypes == {"float32"}
+    exact = attention.attend(*(x.astype(jnp.float32) for x in arrays), heads=1)
+    actual = attention.attend(*arrays, heads=1)
+    assert actual.dtype == jnp.bfloat16
+    assert error(actual.astype(jnp.float32), exact) < 0.01
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def is_softmax(equation):
+    return equation.primitive.name in ("exp", "reduce_max", "reduce_sum", "div")
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = qkv(6, 6, 8, scale=100.0)
+    out, _ = torch_attention(q, k, v, heads=1, causal=False)
+    assert error(attention.attend(q, k, v, heads=1), out) < TOLERANCE
+
+
+def test_feed_forward_matches_diffusers():
+    theirs = randomise(FeedForward(16, activation_fn="geglu"))
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    actual = attention.FeedForward().apply({"params": params_of(theirs)}, x.numpy())
+    assert error(actual, theirs(x).detach()) < TOLERANCE
+
+
+def prepared(params, text):
+    """Parameters and the prompt's keys and values, as `UNet.prepare` would make them."""
+    return {"params": params, "cache": unet._keys_values(params, jnp.asarray(text))}
+
+
+def test_transformer_block_matches_diffusers():
+    theirs = randomise(
+        BasicTransformerBlock(16, 2, 8, cross_attention_dim=12, activation_fn="geglu")
+    )
+    generator = torch.Generator().manual_seed(1)
+    x, text = torch.randn(2, 9, 16, generator=generator), torch.randn(2, 5, 12, generator=generator)
+    block = attention.TransformerBlock(heads=2, context=12)
+    actual = jax.jit(block.apply)(prepared(params_of(theirs), text.numpy()), x.numpy())
+    assert error(actual, theirs(x, encoder_hidden_states=text).detach()) < TOLERANCE
+
+
+@pytest.mark.parametrize("upcast", [False, True], ids=["", "upcast"])
+@pytest.mark.parametrize("linear", [False, True], ids=["conv projection", "linear projection"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_transformer_matches_diffusers(depth, linear, upcast):
+    theirs = randomise(
+        Transformer2DModel(
+            num_attention_heads=4,
+            attention_head_dim=6,
+            in_channels=24,
+            num_layers=depth,
+            norm_num_groups=8,
+            cross_attention_dim=12,
+            use_linear_projection=linear,
+            upcast_attention=upcast,
+        )
+    )
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 24, 3, 5, generator=generator)
+    text = torch.randn(2, 7, 12, generator=generator)
+    block = attention.Transformer(depth, 4, 12, groups=8, linear=linear, upcast=upcast)
+    actual = jax.jit(block.apply)(prepared(params_of(theirs), text.numpy()), nhwc(x))
+    assert error(actual, nhwc(theirs(x, encoder_hidden_states=text).sample)) < TOLERANCE
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+def test_upcast_computes_scores_of_half_precision_in_float32(upcast):
+    module = attention.SelfAttention(heads=2, upcast=upcast)
+    x = jnp.zeros((1, 6, 8), jnp.bfloat16)
+    params = trees.map_with_path(
+        lambda _, p: p.astype(jnp.bfloat16), module.init(jax.random.key(0), x)["params"]
+    )
+    jaxpr = jax.make_jaxpr(lambda p, x: module.apply({"params": p}, x))(params, x)
+    products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    scores = [e for e in products if e.outvars[0].aval.shape == (1, 2, 6, 6)]
+    assert [str(e.invars[0].aval.dtype) for e in scores] == ["float32" if upcast else "bfloat16"]
+    assert jaxpr.out_avals[0].dtype == jnp.bfloat16
