@@ -9,7 +9,8 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from jaxgen.types import UserError
 
@@ -54,7 +55,7 @@ def parse(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any], where
     Raises:
         UserError: for unknown keys and for values not supported, all of them at once.
     """
-    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known = get_type_hints(cls)
     wrong = []
     values: dict[str, Any] = {}
     for key, value in data.items():
@@ -63,6 +64,8 @@ def parse(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any], where
         value = freeze(value)
         if key in known:
             values[key] = value
+            if not _fits(value, known[key]):
+                wrong.append(f"{key} = {value!r} is not of type {_name(known[key])}")
         elif key not in fixed:
             close = difflib.get_close_matches(key, [*known, *fixed], 1)
             hint = f" (perhaps {close[0]}?)" if close else ""
@@ -75,8 +78,29 @@ def parse(cls: type[T], data: Mapping[str, Any], fixed: Mapping[str, Any], where
         return cls(**values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"{where} is not a config of {cls.__name__}: {error}") from None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a JSON file is of an annotated type; whole numbers serve as floats."""
+    if isinstance(kind, UnionType):
+        return any(_fits(value, k) for k in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
+    if isinstance(value, bool) and kind is not bool:
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _name(kind: Any) -> str:
+    return str(kind) if get_args(kind) else kind.__name__
+
+
+def check_positive(value: Any, *names: str) -> None:
+    """UserError unless these fields of a config, numbers or tuples of numbers, are above zero."""
+    for name in names:
+        numbers = getattr(value, name)
+        if not all(n > 0 for n in (numbers if isinstance(numbers, tuple) else (numbers,))):
+            raise UserError(f"{name} = {numbers} is not above zero")
 
 
 class AnyOf(tuple):

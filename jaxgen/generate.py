@@ -194,9 +194,11 @@ def condition(
     texts = [checked.texts[i // request.count] for i in indices]
     ids, weights = (np.concatenate([pair[j][rows] for pair in texts]) for j in (0, 1))
     ids, weights = sharding.split_batch((ids, weights), mesh)
-    text = encode_text(
-        params["text_encoder"], ids, weights, encoder=model.text_encoder, skip=request.clip_skip
-    )
+    encode = partial(encode_text, params["text_encoder"], ids, weights, encoder=model.text_encoder)
+    text = encode(skip=request.clip_skip)
+    if request.clip_skip and guided:  # as in diffusers, of the prompt alone
+        negative = np.tile(np.array(rows) == 0, len(indices))
+        text = jnp.where(negative[:, None, None], encode(), text)
     inputs = Inputs(text, concat=_channels(model, params, checked, len(ids), len(rows)))
     if distilled:
         inputs = inputs._replace(guidance=(jnp.full(len(ids), request.guidance, jnp.float32),))

@@ -93,9 +93,14 @@ def load(
 
 
 def open_model(ref: str | Path | None, variant: str = "") -> tuple[Model, dict[str, Tensors]]:
-    """A model and its tensors by part and released key, none of them read yet."""
+    """A model and its tensors by part and path: names and shapes are checked, no values read."""
     path = find(ref)
-    model, tensors = _open_single(path) if path.is_file() else _open_folder(path, variant)
+    model, released = _open_single(path) if path.is_file() else _open_folder(path, variant)
+    tensors = {}
+    for name in PARTS:
+        tensors[name] = rename.by_path(released[name])
+        expected = jax.eval_shape(getattr(model, name).init, jax.random.key(0))
+        files.report(_keys(trees.flatten(expected)), _keys(tensors[name]), f"{ref}: {name}")
     return dataclasses.replace(model, name=str(ref)), tensors
 
 
@@ -109,21 +114,13 @@ def read_params(
     """The tensors of `open_model` as parameters on their devices; arguments as in `load`."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    params = {}
-    for name in PARTS:
-        network = getattr(model, name)
-        found = rename.by_path(tensors[name])
-        expected = trees.flatten(jax.eval_shape(network.init, jax.random.key(0)))
-        files.report(_keys(expected), _keys(found), f"{model.name}: {name}")
-        params[name] = trees.unflatten(
-            {
-                p: place(
-                    found[p], DTYPES[dtype] if dtype else None, sharding.of_path(p, mesh, rules)
-                )
-                for p in expected
-            }
+    kind = DTYPES[dtype] if dtype else None
+    return {
+        name: trees.unflatten(
+            {p: place(t, kind, sharding.of_path(p, mesh, rules)) for p, t in part.items()}
         )
-    return params
+        for name, part in tensors.items()
+    }
 
 
 def find(ref: str | Path | None) -> Path:
@@ -155,8 +152,14 @@ def place(tensor: Tensor, dtype: Any, where: jax.sharding.Sharding) -> jax.Array
 
 
 def _keys(flat: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes under released names: what a reader of the error can look up."""
-    return {rename.to_key(path): tuple(leaf.shape) for path, leaf in flat.items()}
+    """Shapes and names as released: what a reader of the error can look up in the file."""
+
+    def released(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if path.endswith("/kernel"):
+            return tuple(shape[i] for i in rename.TO_TORCH[len(shape)])
+        return tuple(shape)
+
+    return {rename.to_key(path): released(path, leaf.shape) for path, leaf in flat.items()}
 
 
 def _open_folder(path: Path, variant: str) -> tuple[Model, dict[str, Tensors]]:

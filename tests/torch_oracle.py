@@ -1,5 +1,8 @@
 """Oracles in PyTorch: random weights everywhere, and conversion between the two worlds."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -7,6 +10,9 @@ import torch
 from jaxgen import trees
 from jaxgen.types import Params
 from jaxgen.weights import rename
+
+# For what runs once and is tiny: the same program, of which the compiler makes less.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -313,7 +313,7 @@ def grid(schedule: Schedule, steps: int, start: int = 0, eta: float = 0.0) -> Gr
     bound = schedule.clip_sample_range if schedule.clip_sample else np.inf
     run = np.arange(length) - start
     fields: dict[str, Any] = {
-        "time": rows.time,
+        "time": rows.time.astype(np.float64),
         "scale": scale,
         "signal": signal,
         "noise": noise,

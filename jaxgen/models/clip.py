@@ -33,6 +33,8 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
             raise UserError(f"hidden_act = {self.hidden_act!r} is not one of {[*ACTIVATIONS]}")
+        numbers = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        config.check_positive(self, *numbers, "projection_dim")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(f"{self.num_attention_heads} heads do not divide {self.hidden_size}")
 
@@ -47,6 +49,10 @@ class TextConfig(TransformerConfig):
     bos_token_id: int | None = 49406
     pad_token_id: int | None = 1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config.check_positive(self, "vocab_size", "max_position_embeddings")
+
 
 @dataclass(frozen=True)
 class VisionConfig(TransformerConfig):
@@ -58,6 +64,12 @@ class VisionConfig(TransformerConfig):
     image_size: int = 224
     patch_size: int = 32
     num_channels: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config.check_positive(self, "patch_size", "num_channels")
+        if self.image_size < self.patch_size:
+            raise UserError(f"image_size = {self.image_size} is less than one patch")
 
 
 # transformers writes every option of its base class; none of these changes an encoder's output.

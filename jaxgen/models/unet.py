@@ -56,6 +56,8 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
+        if not levels:
+            raise UserError("block_out_channels is empty")
         for name in ("down_block_types", "up_block_types"):
             types = getattr(self, name)
             side = "Down" if name.startswith("down") else "Up"
@@ -71,15 +73,25 @@ class UNetConfig:
             self.addition_time_embed_dim and self.projection_class_embeddings_input_dim
         ):
             raise UserError("addition_embed_type 'text_time' lacks the widths of its embedding")
-        for name in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
+        numbers = ("block_out_channels", "in_channels", "out_channels", "cross_attention_dim")
+        config.check_positive(self, *numbers, "norm_num_groups")
+        heads = "num_attention_heads" if self.num_attention_heads else "attention_head_dim"
+        for name in ("layers_per_block", "transformer_layers_per_block", heads):
             self.per_level(name)
+            config.check_positive(self, name)
+        for level, (width, count) in enumerate(zip(self.block_out_channels, self.heads)):
+            if width % self.norm_num_groups:
+                raise UserError(f"{self.norm_num_groups} norm_num_groups do not divide {width}")
+            attends = self.down_block_types[level].startswith("CrossAttn") or level == levels - 1
+            if attends and width % count:
+                raise UserError(f"{heads}: {count} heads do not divide {width} channels")
 
     def per_level(self, name: str) -> tuple[int, ...]:
         """A field as one number for each level."""
         value = getattr(self, name)
         levels = len(self.block_out_channels)
         value = (value,) * levels if isinstance(value, int) else value
-        if len(value) != levels or not all(isinstance(v, int) for v in value):
+        if len(value) != levels:
             raise UserError(f"{name} = {value} is not one number for each of {levels} levels")
         return value
 

@@ -39,6 +39,15 @@ class VAEConfig:
             types = getattr(self, f"{name}_block_types")
             if types != (kind,) * levels:
                 raise UserError(f"{name}_block_types = {types} is not {levels} times {kind}")
+        if not levels:
+            raise UserError("block_out_channels is empty")
+        numbers = ("block_out_channels", "in_channels", "out_channels", "layers_per_block")
+        config.check_positive(
+            self, *numbers, "latent_channels", "norm_num_groups", "scaling_factor"
+        )
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise UserError(f"{self.norm_num_groups} norm_num_groups do not divide {width}")
 
     @property
     def factor(self) -> int:

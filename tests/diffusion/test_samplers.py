@@ -269,7 +269,7 @@ def test_walk_and_unroll_and_a_python_loop_agree(sampler):
     assert error(unrolled.x, looped.x) < 1e-6
 
 
-@pytest.mark.parametrize("sampler", STEPS)
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp", "pndm", "lcm"])
 def test_one_compilation_serves_every_number_of_steps(sampler):
     traces = []
 
@@ -323,7 +323,7 @@ def test_without_keys_and_without_eta_nothing_is_drawn():
     np.testing.assert_allclose(silent.x, asked.x, rtol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", STEPS)
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp", "pndm", "lcm"])
 def test_gradients_to_the_seed_are_those_of_finite_differences(sampler):
     schedule = Schedule(sampler=sampler, clip_sample=True, clip_sample_range=30.0)
     points, initial, _ = grid(schedule, 5)

@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from jaxgen import trees
 from jaxgen.models import attention, unet
-from tests.torch_oracle import error, nhwc, params_of, randomise
+from tests.torch_oracle import error, nhwc, params_of, quick_jit, randomise
 
 TOLERANCE = 1e-5
 
@@ -34,12 +34,18 @@ def torch_attention(q, k, v, heads, causal):
     return merge(out), [merge(x.grad) for x in (q, k, v)]
 
 
+def in_blocks(monkeypatch, rows):
+    """Attention by blocks of so many queries, and in one piece for 0."""
+    monkeypatch.setattr(attention, "SCORES", 64 if rows else 1 << 30)
+    monkeypatch.setattr(attention, "MIN_ROWS", rows)
+
+
 def value_and_gradients(f, *arrays):
     def weighed(*arrays):
         out = f(*arrays)
         return (out * jnp.sin(jnp.arange(out.size)).reshape(out.shape)).sum(), out
 
-    (_, out), grads = jax.jit(jax.value_and_grad(weighed, (0, 1, 2), has_aux=True))(*arrays)
+    (_, out), grads = quick_jit(jax.value_and_grad(weighed, (0, 1, 2), has_aux=True))(*arrays)
     return out, grads
 
 
@@ -47,9 +53,9 @@ CHUNKS = [(16, 16), (37, 37), (33, 5), (5, 40), (32, 7)]
 
 
 @pytest.mark.parametrize(("length", "keys"), CHUNKS)
-@pytest.mark.parametrize("block", [16, 512], ids=["chunked", "whole"])
-def test_attention_matches_torch_in_value_and_gradient(length, keys, block, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", block)
+@pytest.mark.parametrize("rows", [16, 0], ids=["chunked", "whole"])
+def test_attention_matches_torch_in_value_and_gradient(length, keys, rows, monkeypatch):
+    in_blocks(monkeypatch, rows)
     arrays = qkv(length, keys, 24)
     out, grads = torch_attention(*arrays, heads=3, causal=False)
     actual, ours = value_and_gradients(lambda *a: attention.attend(*a, heads=3), *arrays)
@@ -69,7 +75,7 @@ def test_causal_attention_matches_torch_in_value_and_gradient(length):
 
 
 def test_long_attention_never_holds_all_scores(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 16)
+    in_blocks(monkeypatch, 16)
     q, k, v = qkv(160, 160, 8)
 
     def temp_bytes(f):
@@ -78,13 +84,13 @@ def test_long_attention_never_holds_all_scores(monkeypatch):
 
     all_scores = 2 * 160 * 160 * 4  # [batch, T, S] of one head in float32
     assert temp_bytes(lambda *a: attention.attend(*a, heads=1)) < all_scores
-    monkeypatch.setattr(attention, "BLOCK", 512)
+    in_blocks(monkeypatch, 0)
     assert temp_bytes(lambda *a: attention.attend(*a, heads=1)) >= all_scores
 
 
-@pytest.mark.parametrize("block", [8, 512], ids=["chunked", "whole"])
-def test_softmax_of_half_precision_is_in_float32(block, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", block)
+@pytest.mark.parametrize("rows", [8, 0], ids=["chunked", "whole"])
+def test_softmax_of_half_precision_is_in_float32(rows, monkeypatch):
+    in_blocks(monkeypatch, rows)
     arrays = [x.astype(jnp.bfloat16) for x in qkv(20, 20, 8, scale=0.5)]
     jaxpr = jax.make_jaxpr(lambda *a: attention.attend(*a, heads=1))(*arrays)
     dtypes = {str(e.invars[0].aval.dtype) for e in equations(jaxpr.jaxpr) if is_softmax(e)}
@@ -131,13 +137,13 @@ def test_transformer_block_matches_diffusers():
     generator = torch.Generator().manual_seed(1)
     x, text = torch.randn(2, 9, 16, generator=generator), torch.randn(2, 5, 12, generator=generator)
     block = attention.TransformerBlock(heads=2, context=12)
-    actual = jax.jit(block.apply)(prepared(params_of(theirs), text.numpy()), x.numpy())
+    actual = quick_jit(block.apply)(prepared(params_of(theirs), text.numpy()), x.numpy())
     assert error(actual, theirs(x, encoder_hidden_states=text).detach()) < TOLERANCE
 
 
-@pytest.mark.parametrize("upcast", [False, True], ids=["", "upcast"])
-@pytest.mark.parametrize("linear", [False, True], ids=["conv projection", "linear projection"])
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(
+    ("depth", "linear", "upcast"), [(1, False, False), (2, True, True), (2, False, True)]
+)
 def test_transformer_matches_diffusers(depth, linear, upcast):
     theirs = randomise(
         Transformer2DModel(
@@ -155,7 +161,7 @@ def test_transformer_matches_diffusers(depth, linear, upcast):
     x = torch.randn(2, 24, 3, 5, generator=generator)
     text = torch.randn(2, 7, 12, generator=generator)
     block = attention.Transformer(depth, 4, 12, groups=8, linear=linear, upcast=upcast)
-    actual = jax.jit(block.apply)(prepared(params_of(theirs), text.numpy()), nhwc(x))
+    actual = quick_jit(block.apply)(prepared(params_of(theirs), text.numpy()), nhwc(x))
     assert error(actual, nhwc(theirs(x, encoder_hidden_states=text).sample)) < TOLERANCE
 
 

@@ -1,0 +1,312 @@
+"""The command: what it writes, and what it says of bad input."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxgen import cli
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+
+
+@pytest.fixture(autouse=True)
+def compile_cache(monkeypatch, tmp_path_factory):
+    """A cache of the tests' own: they leave the user's alone and still compile once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder with a picture, a mask and a copy of the model."""
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 256, (64, 64, 3), np.uint8)).save("photo.png")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:40, 8:48] = 255
+    Image.fromarray(mask).save("mask.png")
+    shutil.copytree(TINY, "tiny")
+    return tmp_path
+
+
+def run(*arguments: str, code: int = 0) -> None:
+    if code:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        assert stopped.value.code == code
+    else:
+        cli.main(arguments)
+
+
+def sample(*arguments: str, code: int = 0) -> None:
+    run("sample", *arguments, "--model", "tiny", "--steps", "2", "--out", "out", code=code)
+
+
+def test_a_folder_of_samples_is_a_training_folder(here, capsys):
+    sample("a fox", "an owl", "--count", "2", "--seed", "7", "--negative", "blurry, grey")
+
+    names = [f"{i:05}.png" for i in range(4)]
+    assert sorted(p.name for p in Path("out").iterdir()) == [*names, "grid.png", "samples.jsonl"]
+    rows = [json.loads(line) for line in Path("out/samples.jsonl").read_text().splitlines()]
+    assert [row["file_name"] for row in rows] == names
+    assert [(row["text"], row["index"]) for row in rows] == [
+        ("a fox", 0),
+        ("a fox", 1),
+        ("an owl", 0),
+        ("an owl", 1),
+    ]
+    assert [*rows[0]] == [
+        *("file_name", "text", "negative", "seed", "index"),
+        *("steps", "sampler", "guidance", "size", "model"),
+    ]
+    text = Image.open("out/00003.png").text["parameters"]
+    assert text.startswith("an owl\nNegative prompt: blurry, grey\nSteps: 2, Sampler: PLMS,")
+    assert "Seed: 7" in text
+    assert "Size: 64x64" in text
+    assert Image.open("out/grid.png").size == (132, 132)
+    assert "4 pictures in out" in capsys.readouterr().out
+
+
+def test_a_folder_in_use_is_added_to(here):
+    sample("a fox")
+    before = Path("out/00000.png").read_bytes()
+    sample("an owl")
+    assert Path("out/00000.png").read_bytes() == before
+    assert Path("out/00001.png").exists()
+    assert len(Path("out/samples.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", "🦊 in ❄️", "a\x00 fox\x1b[31m", " ".join(["a"] * 16 * 75)],
+    ids=["empty", "emoji", "control characters", "16 chunks"],
+)
+def test_every_text_is_a_prompt(here, prompt):
+    sample(prompt)
+    assert Path("out/00000.png").exists()
+
+
+def test_prompts_come_from_a_file_too(here):
+    Path("prompts.txt").write_text("a fox\n\nan owl\n")
+    sample("a red boat", "--prompts", "prompts.txt")
+    rows = [json.loads(line) for line in Path("out/samples.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == ["a red boat", "a fox", "an owl"]
+
+
+def test_an_rgba_picture_stands_on_white(here, caplog):
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save("clear.png")
+    Image.new("RGB", (64, 64), "white").save("white.png")
+    for name in ("clear", "white"):
+        run(
+            *("sample", "a fox", "--image", f"{name}.png", "--strength", "0.5", "--steps", "2"),
+            *("--model", "tiny", "--out", name),
+        )
+    assert np.array_equal(Image.open("clear/00000.png"), Image.open("white/00000.png"))
+
+
+def test_latents_replace_the_seed_and_a_seed_file_replays(here):
+    noise = np.random.default_rng(0).standard_normal((1, 16, 16, 4), dtype=np.float32)
+    np.save("noise.npy", noise)
+    settings = {"sampler": "pndm", "steps": 2, "guidance": 7.5, "model": "tiny"}
+    np.savez("seed.npz", noise=noise, **settings)
+    sample("a fox", "--latents", "noise.npy", "--seed", "1")
+    sample("a fox", "--latents", "seed.npz", "--seed", "2")
+    assert np.array_equal(Image.open("out/00000.png"), Image.open("out/00001.png"))
+
+
+def test_convert_and_info(here, capsys):
+    run("convert", "tiny", "copy")
+    run("info", "copy")
+    assert "203,204 parameters" in capsys.readouterr().out
+    run("convert", "tiny", "copy", code=2)
+    assert "copy exists already" in capsys.readouterr().err
+
+
+def spoil(path: str, content: bytes) -> None:
+    Path(path).write_bytes(content)
+
+
+def weights(path: str = "tiny/unet/diffusion_pytorch_model.safetensors") -> bytes:
+    return Path(path).read_bytes()
+
+
+def edit(path: str, **fields) -> None:
+    Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | fields))
+
+
+def misshapen() -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = "tiny/unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_in.weight"] = np.zeros((16, 5, 3, 3), np.float32)
+    tensors["spare.bias"] = tensors.pop("conv_out.bias")
+    save_file(tensors, path)
+
+
+def bomb() -> None:
+    Image.new("1", (12000, 12000)).save("bomb.png")
+
+
+UNET = "tiny/unet/diffusion_pytorch_model.safetensors"
+BAD = {
+    "missing folder": (None, ["--model", "nowhere"], "nowhere"),
+    "misspelt folder": (None, ["--model", "tinny"], "did you mean tiny"),
+    "no model named": (None, [], "embedded model does not ship yet"),
+    "truncated weights": (lambda: spoil(UNET, weights()[:5000]), ["tiny"], UNET),
+    "empty weights": (lambda: spoil(UNET, b""), ["tiny"], "is empty"),
+    "other weights": (lambda: spoil(UNET, b"PK\3\4" + bytes(4000)), ["tiny"], "not safetensors"),
+    "wrong shapes": (misshapen, ["tiny"], "conv_out.bias"),
+    "pickled weights": (lambda: Path(UNET).rename("tiny/unet/model.bin"), ["tiny"], "pickle"),
+    "another family": (
+        lambda: edit("tiny/model_index.json", _class_name="FluxPipeline"),
+        ["tiny"],
+        "FluxPipeline",
+    ),
+    "SDXL folder": (
+        lambda: edit("tiny/model_index.json", _class_name="StableDiffusionXLPipeline"),
+        ["tiny"],
+        "whole SDXL folders are not yet",
+    ),
+    "config of another network": (
+        lambda: edit("tiny/unet/config.json", _class_name="FluxTransformer2DModel"),
+        ["tiny"],
+        "FluxTransformer2DModel",
+    ),
+    "unknown config field": (
+        lambda: edit("tiny/unet/config.json", blok_out_channels=[1]),
+        ["tiny"],
+        "perhaps block_out_channels",
+    ),
+    "broken config": (lambda: spoil("tiny/vae/config.json", b"{"), ["tiny"], "vae/config.json"),
+    "indivisible size": (None, ["tiny", "--size", "66x64"], "66x64 is not divisible by 4"),
+    "size in words": (None, ["tiny", "--size", "big"], "WIDTHxHEIGHT"),
+    "no steps": (None, ["tiny", "--steps", "0"], "steps = 0"),
+    "negative steps": (None, ["tiny", "--steps", "-3"], "steps = -3"),
+    "too many steps": (None, ["tiny", "--steps", "1001"], "steps = 1001"),
+    "strength 0": (None, ["tiny", "--image", "photo.png", "--strength", "0"], "strength = 0"),
+    "strength 1.5": (None, ["tiny", "--image", "photo.png", "--strength", "1.5"], "strength = 1.5"),
+    "strength without image": (None, ["tiny", "--strength", "0.5"], "strength"),
+    "guidance nan": (None, ["tiny", "--guidance", "nan"], "guidance = nan"),
+    "guidance inf": (None, ["tiny", "--guidance", "inf"], "guidance = inf"),
+    "guidance in words": (None, ["tiny", "--guidance", "much"], "--guidance"),
+    "mask of another size": (
+        lambda: Image.new("L", (32, 64), 255).save("narrow.png"),
+        ["tiny", "--image", "photo.png", "--mask", "narrow.png"],
+        "32x64",
+    ),
+    "empty mask": (
+        lambda: Image.new("L", (64, 64)).save("black.png"),
+        ["tiny", "--image", "photo.png", "--mask", "black.png"],
+        "black",
+    ),
+    "mask without image": (None, ["tiny", "--mask", "mask.png"], "mask needs the image"),
+    "unreadable image": (
+        lambda: spoil("noise.png", bytes(range(256))),
+        ["tiny", "--image", "noise.png"],
+        "noise.png",
+    ),
+    "missing image": (None, ["tiny", "--image", "gone.png"], "gone.png"),
+    "huge image": (bomb, ["tiny", "--image", "bomb.png"], "12000x12000"),
+    "17 chunks": (None, ["tiny", "a " * (16 * 75 + 1)], "1201 tokens"),
+    "latents of another shape": (
+        lambda: np.save("noise.npy", np.zeros((1, 8, 8, 4), np.float32)),
+        ["tiny", "--latents", "noise.npy"],
+        "[1, 16, 16, 4]",
+    ),
+    "latents of another kind": (
+        lambda: np.save("noise.npy", np.zeros((1, 16, 16, 4), int)),
+        ["tiny", "--latents", "noise.npy"],
+        "int64",
+    ),
+    "latents that are a picture": (None, ["tiny", "--latents", "photo.png"], "photo.png"),
+    "pickled latents": (
+        lambda: np.save("noise.npy", np.array([{}], object), allow_pickle=True),
+        ["tiny", "--latents", "noise.npy"],
+        "noise.npy",
+    ),
+    "a seed of another sampler": (
+        lambda: np.savez("s.npz", noise=np.zeros((1, 16, 16, 4), np.float32), sampler="ddim"),
+        ["tiny", "--latents", "s.npz"],
+        "sampler ddim (here pndm)",
+    ),
+    "unknown sampler": (
+        None,
+        ["tiny", "--sampler", "euler_z"],
+        "ddim, ddpm, euler, euler_a, dpmpp, pndm, lcm",
+    ),
+    "eta of another sampler": (None, ["tiny", "--eta", "0.5"], "eta belongs to the sampler ddim"),
+    "karras of another sampler": (None, ["tiny", "--karras"], "karras belongs to"),
+    "no such branch": (None, ["tiny", "--control", "edges=photo.png"], "--control"),
+    "no such branch, boxes": (None, ["tiny", "--box", "a fox@0,0,1,1"], "--box"),
+    "no such option": (None, ["tiny", "--stepz", "3"], "--steps"),
+    "unknown dtype": (None, ["tiny", "--dtype", "f8"], "f32, bf16"),
+    "damaged tokenizer": (
+        lambda: spoil("tiny/tokenizer/vocab.json", b"[]"),
+        ["tiny"],
+        "tokenizer/vocab.json",
+    ),
+    "interval upside down": (None, ["tiny", "--guidance-interval", "0.8,0.2"], "0.8,0.2"),
+    "negative seed": (None, ["tiny", "--seed", "-1"], "seed = -1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_exit_code_2(here, capsys, case):
+    prepare, arguments, words = case
+    if prepare:
+        prepare()
+    if arguments[:1] == ["tiny"]:
+        arguments = ["--model", *arguments]
+    prompt = arguments[2:3] if arguments[2:3] and arguments[2][0] != "-" else ["a fox"]
+    run("sample", *prompt, *arguments[:2], *(a for a in arguments[2:] if a not in prompt), code=2)
+
+    said = capsys.readouterr()
+    lines = said.err.strip().splitlines()
+    assert len(lines) == 1, said.err
+    assert lines[0].startswith("jaxgen: ")
+    assert words in lines[0]
+    assert not Path("samples").exists()  # nothing half-written
+
+
+def test_an_unwritable_folder_is_named(here, capsys):
+    Path("out").write_text("a file where the folder should be")
+    sample("a fox", code=2)
+    assert "cannot write to out" in capsys.readouterr().err
+
+
+def test_a_hub_id_offline_says_what_to_do(here, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run("sample", "a fox", "--model", "nobody/nothing-here", code=2)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "nobody/nothing-here" in lines[0]
+    assert "copy the model folder here" in lines[0]
+
+
+def test_ctrl_c_leaves_only_finished_images(here):
+    command = [sys.executable, "-m", "jaxgen", "sample", "a fox", "--model", "tiny"]
+    command += ["--count", "500", "--batch", "1", "--out", "out"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not Path("out/00001.png").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    rows = [json.loads(line) for line in Path("out/samples.jsonl").read_text().splitlines()]
+    pictures = sorted(p.name for p in Path("out").glob("0*.png"))
+    assert 2 <= len(pictures) < 500
+    assert len(rows) in (len(pictures), len(pictures) - 1)
+    for name in pictures:
+        Image.open(f"out/{name}").load()
+    assert not list(Path("out").glob(".*"))  # no half of a picture

@@ -1,0 +1,207 @@
+"""Reading model folders: errors that say what to do, and no more memory than it takes."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+import jaxgen
+from jaxgen import sharding
+from jaxgen.load import place
+from jaxgen.types import UserError
+from jaxgen.weights.files import Tensor
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the tiny model, to be damaged."""
+    return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+def refused(ref, *words, **kwargs):
+    """Loading fails with one line that holds the words."""
+    with pytest.raises(UserError) as error:
+        jaxgen.load(ref, **kwargs)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_every_tensor_that_does_not_fit_is_named_at_once(folder):
+    tensors = load_file(folder / UNET)
+    del tensors["conv_in.bias"], tensors["mid_block.resnets.1.norm2.weight"]
+    tensors["position_net.null"] = np.zeros(3, np.float32)
+    tensors["conv_out.weight"] = tensors["conv_out.weight"][:3]
+    tensors["conv_norm_out.weight"] = np.zeros((2, 16), np.float32)
+    save_file(tensors, folder / UNET)
+    refused(
+        folder,
+        "unet does not fit its config",
+        "2 missing: conv_in.bias, mid_block.resnets.1.norm2.weight",
+        "1 unexpected: position_net.null",
+        "2 misshapen: conv_norm_out.weight is [2, 16] and should be [16]",
+        "conv_out.weight is [3, 16, 3, 3] and should be [4, 16, 3, 3]",
+    )
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGE = {
+    "an empty folder": (empty, "neither that nor any part of a model"),
+    "no index": (lambda f: (f / "model_index.json").unlink(), "only unet, vae, text_encoder"),
+    "a cut file": (lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:-9]), "truncated"),
+    "no weights": (lambda f: (f / UNET).unlink(), "has no diffusion_pytorch_model.safetensors"),
+    "pickles only": (
+        lambda f: (f / UNET).rename((f / UNET).with_suffix(".bin")),
+        "a pickle, which can run code",
+    ),
+    "no config": (lambda f: (f / "vae" / "config.json").unlink(), "cannot read"),
+    "a cut config": (lambda f: (f / "vae" / "config.json").write_text("{"), "not valid JSON"),
+    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json"),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer"),
+    "SDXL": (
+        lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+        "whole SDXL folders are not yet",
+    ),
+    "Flux": (
+        lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"),
+        "is of FluxPipeline; only the Stable Diffusion 1.x and 2.x families",
+    ),
+    "a ControlNet for a UNet": (
+        lambda f: edit(f / "unet" / "config.json", _class_name="ControlNetModel"),
+        "is of ControlNetModel, not of UNet2DConditionModel",
+    ),
+    "T5 for CLIP": (
+        lambda f: edit(f / "text_encoder" / "config.json", model_type="t5"),
+        "model_type 't5'",
+    ),
+    "GLIGEN": (
+        lambda f: edit(f / "unet" / "config.json", attention_type="gated"),
+        "attention_type = 'gated' is not supported",
+    ),
+    "another text width": (
+        lambda f: edit(f / "unet" / "config.json", cross_attention_dim=48),
+        "the text encoder is 32 wide, the UNet reads 48",
+    ),
+    "another latent": (
+        lambda f: edit(f / "vae" / "config.json", latent_channels=16),
+        "the VAE has 16 latent channels, the UNet predicts 4",
+    ),
+    "another vocabulary": (
+        lambda f: edit(f / "text_encoder" / "config.json", vocab_size=599),
+        "the tokenizer knows 600 tokens, the text encoder 599",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_folder_that_cannot_be_read_is_an_error_of_one_line(case, folder):
+    damage, words = DAMAGE[case]
+    damage(folder)
+    refused(folder, str(folder), words)
+
+
+def test_a_misspelt_folder_is_met_with_a_suggestion(folder):
+    refused(folder.parent / "modle", "no model folder or file", f"did you mean {folder}?")
+    refused(folder.parent / "nothing" / "like" / "it", "no model folder or file")
+
+
+def test_arguments_out_of_range_are_named(folder):
+    refused(TINY, "dtype 'f8' is not one of f32, bf16", dtype="f8")
+    refused(TINY, "has no diffusion_pytorch_model.fp16.safetensors", variant="fp16")
+    refused(folder / "model_index.json", "not safetensors")
+
+
+def test_a_hub_id_without_a_network_is_an_error_of_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    refused("someone/something", "no folder someone/something", "pass its path")
+
+
+def test_a_device_is_given_its_own_slice_and_nothing_else_is_read():
+    values = np.arange(16 * 6, dtype=np.float32).reshape(16, 6)
+    read = []
+
+    def block(index):
+        read.append(values[index].nbytes)
+        return values[index]
+
+    mesh = sharding.data_mesh(8)
+    where = NamedSharding(mesh, PartitionSpec("data"))
+    array = place(Tensor(values.shape, values.dtype, block), np.dtype(np.float16), where)
+    assert read == [values.nbytes // 8] * 8
+    assert array.dtype == np.float16
+    for i, shard in enumerate(array.addressable_shards):
+        np.testing.assert_array_equal(shard.data, values[2 * i : 2 * i + 2])
+
+
+def test_rules_say_how_parameters_lie_on_the_mesh():
+    mesh = sharding.data_mesh(2)
+    rules = [(r"conv1/kernel", PartitionSpec(None, None, None, "data"))]
+    params = jaxgen.load(TINY, mesh=mesh, rules=rules)[1]
+    alone = jaxgen.load(TINY)[1]
+    kernel = params["unet"]["down_blocks.0"]["resnets.0"]["conv1"]["kernel"]
+    assert {s.data.shape for s in kernel.addressable_shards} == {(3, 3, 16, 8)}
+    bias = params["unet"]["conv_in"]["bias"]
+    assert len(bias.addressable_shards) == 2
+    assert bias.is_fully_replicated
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, alone))
+
+
+MEASURE = """
+    import re, sys, threading, time, jax, jaxgen
+
+    def anonymous():
+        return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+    jaxgen.load(sys.argv[1])  # everything imported and compiled
+    before, peak, done = anonymous(), 0, False
+
+    def watch():
+        global peak
+        while not done:
+            peak = max(peak, anonymous())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    params = jaxgen.load(sys.argv[2])[1]
+    jax.block_until_ready(params)
+    done = True
+    thread.join()
+    print((peak - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_loading_takes_little_more_memory_than_the_weights(folder):
+    config = folder / "unet" / "config.json"
+    edit(config, block_out_channels=[160, 640])  # 240 MB
+    with torch.device("meta"):
+        shapes = UNet2DConditionModel.from_config(json.loads(config.read_text())).state_dict()
+    save_file({k: np.ones(v.shape, np.float32) for k, v in shapes.items()}, folder / UNET)
+    script = [sys.executable, "-c", textwrap.dedent(MEASURE), str(TINY), str(folder)]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    (folder / UNET).unlink()
+    assert float(done.stdout) < 1.3

@@ -1,0 +1,157 @@
+"""Model folders there and back: what diffusers writes we read, what we write diffusers reads."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+import jaxgen
+from jaxgen import trees
+from jaxgen.types import UserError
+from jaxgen.weights import files
+from tests.weights.test_single_file import ldm_clip, ldm_unet, ldm_vae
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def weights_of(folder):
+    """Every tensor of a folder, by file and released key, with the prefix that all agree on."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*.safetensors")):
+        part = path.parent.name
+        for key, value in load_file(path).items():
+            start = "text_model." if part == "text_encoder" else ""
+            found[part, start + key.removeprefix(start)] = value
+    return found
+
+
+def equal(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert value.dtype == other[key].dtype, key
+        assert torch.equal(value, other[key]), key
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return StableDiffusionPipeline.from_pretrained(TINY, low_cpu_mem_usage=False)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the tiny model, to be changed."""
+    return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+def drawn(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    call = {"num_inference_steps": 2, "latents": latents, "output_type": "np"}
+    return pipe("a red fox", **call).images
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_load_then_save_gives_the_same_keys_and_bits(dtype, folder, tmp_path):
+    for path in folder.rglob("*.safetensors"):
+        save_file({k: v.to(DTYPES[dtype]) for k, v in load_file(path).items()}, path)
+    model, params = jaxgen.load(folder, dtype=None)
+    jaxgen.save(model, params, tmp_path / "out")
+    equal(weights_of(tmp_path / "out"), weights_of(folder))
+
+
+def test_asked_for_bf16_every_parameter_is_rounded_to_it(tmp_path):
+    model, params = jaxgen.load(TINY, dtype="bf16")
+    jaxgen.save(model, params, tmp_path / "out")
+    rounded = {k: v.to(torch.bfloat16) for k, v in weights_of(TINY).items()}
+    equal(weights_of(tmp_path / "out"), rounded)
+
+
+def test_diffusers_draws_the_same_picture_from_what_was_saved(pipeline, tmp_path):
+    jaxgen.save(*jaxgen.load(TINY), tmp_path / "out")
+    saved = StableDiffusionPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False)
+    np.testing.assert_array_equal(drawn(saved), drawn(pipeline))
+
+
+def test_a_folder_that_diffusers_wrote_loads(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "theirs")  # no `text_model.`, tokenizer in one file
+    model, params = jaxgen.load(tmp_path / "theirs")
+    ours, expected = jaxgen.load(TINY)
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, expected))
+    assert model.unet == ours.unet
+    assert model.tokenizer.size == ours.tokenizer.size
+
+
+@pytest.mark.parametrize("kind", ["sharded", "variant", "sharded variant"])
+def test_shards_and_variants_that_diffusers_wrote_load(kind, pipeline, folder):
+    variant = "fp16" if "variant" in kind else None
+    size = {"max_shard_size": "200KB"} if "sharded" in kind else {}
+    for name in ("unet", "vae", "text_encoder"):
+        for path in (folder / name).glob("*.safetensors"):
+            path.unlink()
+        getattr(pipeline, name).save_pretrained(folder / name, variant=variant, **size)
+    assert len(list((folder / "unet").glob("*.safetensors"))) > 1 or "sharded" not in kind
+    assert bool(list((folder / "unet").glob("*fp16*"))) == bool(variant)
+    expected = jaxgen.load(TINY)[1]
+    for asked in {"", variant or ""}:
+        params = jaxgen.load(folder, variant=asked)[1]
+        assert jax.tree.all(jax.tree.map(np.array_equal, params, expected))
+
+
+def test_a_single_file_becomes_a_folder_that_diffusers_reads(tmp_path):
+    shapes = ldm_unet([32, 64], 1, 64, linear=False) | ldm_vae([32, 64], 1)
+    shapes |= ldm_clip(64, 1, 49408)
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        key: torch.randn(shape, generator=generator) * int(np.prod(shape[1:])) ** -0.5
+        for key, shape in shapes.items()
+    }
+    save_file(values, tmp_path / "single.safetensors")
+    model, params = jaxgen.load(tmp_path / "single.safetensors")
+    assert trees.size(params) == sum(v.numel() for v in values.values())
+    jaxgen.save(model, params, tmp_path / "out")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False)
+    conv_in = values["model.diffusion_model.input_blocks.0.0.weight"]
+    assert torch.equal(pipe.unet.conv_in.weight.data, conv_in)
+    again = jaxgen.load(tmp_path / "out")[1]
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, again))
+
+
+def test_save_refuses_a_place_that_holds_something(folder, tmp_path):
+    model, params = jaxgen.load(TINY)
+    (tmp_path / "file").write_text("mine")
+    for place in (folder, tmp_path / "file"):
+        with pytest.raises(UserError, match="exists already; name a new or empty folder"):
+            jaxgen.save(model, params, place)
+    assert (tmp_path / "file").read_text() == "mine"
+    equal(weights_of(folder), weights_of(TINY))
+
+
+def test_save_fills_an_empty_folder_and_makes_those_above(tmp_path):
+    model, params = jaxgen.load(TINY)
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "empty", tmp_path / "new" / "deep"):
+        jaxgen.save(model, params, place)
+        equal(weights_of(place), weights_of(TINY))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_save_that_fails_midway_leaves_nothing(error, tmp_path, monkeypatch):
+    model, params = jaxgen.load(TINY)
+    write = files.save_folder
+
+    def fail(folder, *args, **kwargs):
+        write(folder, *args, **kwargs)
+        if folder.name == "vae":
+            raise error
+
+    monkeypatch.setattr(files, "save_folder", fail)
+    with pytest.raises((UserError, KeyboardInterrupt)) as caught:
+        jaxgen.save(model, params, tmp_path / "out")
+    assert isinstance(caught.value, KeyboardInterrupt) or "No space left" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

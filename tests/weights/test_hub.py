@@ -1,0 +1,97 @@
+"""The hub without a network: what is asked of it, and what is said when it does not answer."""
+
+import time
+
+import huggingface_hub
+import pytest
+
+from jaxgen.types import UserError
+from jaxgen.weights import hub
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """Neither a cache nor a connection; the client is told nothing about it."""
+
+    def fail(self, *args, **kwargs):
+        raise ConnectionError("cannot reach huggingface.co\nTraceback of many lines")
+
+    def absent(*args, **kwargs):
+        if kwargs.get("local_files_only"):
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+        raise ConnectionError("cannot reach huggingface.co")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+
+
+def offline_error(ref):
+    start = time.monotonic()
+    with pytest.raises(UserError) as error:
+        hub.fetch(ref)
+    assert time.monotonic() - start < 5
+    assert "\n" not in str(error.value)
+    assert ref in str(error.value)
+    assert "copy the model folder here and pass its path" in str(error.value)
+    return str(error.value)
+
+
+def test_without_a_network_the_error_says_how_to_go_on(no_network):
+    assert "cannot reach huggingface.co" in offline_error("someone/something")
+
+
+def test_the_offline_mode_of_the_client_is_obeyed_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    offline_error("someone/something")
+
+
+def test_what_the_cache_holds_is_not_asked_for(monkeypatch, tmp_path):
+    def cached(ref, local_files_only=False, **kwargs):
+        assert local_files_only
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    assert hub.fetch("someone/something") == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("ref", "is_id"),
+    [
+        ("runwayml/stable-diffusion-v1-5", True),
+        ("a/b.c_d", True),
+        ("model", False),
+        ("./a/b", False),
+        ("/a/b", False),
+        ("../a", False),
+        ("a/b/c", False),
+        ("a/", False),
+        ("", False),
+    ],
+)
+def test_an_id_is_an_organisation_and_a_name(ref, is_id):
+    assert hub.is_id(ref) == is_id
+
+
+def test_of_a_repository_only_one_precision_of_a_model_folder_is_wanted():
+    unet = "unet/diffusion_pytorch_model"
+    kept = [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/model.fp16.safetensors",  # all there is
+        "tokenizer/merges.txt",
+        "unet/config.json",
+        f"{unet}.safetensors",
+        "vae/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "vae/diffusion_pytorch_model.safetensors.index.json",
+    ]
+    refused = [
+        "README.md",
+        "v1-5-pruned.safetensors",
+        "safety_checker/model.safetensors",
+        f"{unet}.bin",
+        f"{unet}.fp16.safetensors",
+        f"{unet}.non_ema.safetensors",
+        "vae/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+    ]
+    assert sorted(hub.wanted(kept + refused)) == sorted(kept)
