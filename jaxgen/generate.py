@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from jaxgen import denoiser, sharding
 from jaxgen.denoiser import Model
+from jaxgen.diffusion import grids, samplers
 from jaxgen.diffusion import guidance as guidances
-from jaxgen.diffusion import samplers, schedule
 from jaxgen.models.clip import TextEncoder
 from jaxgen.models.tiling import decode_tiled
 from jaxgen.models.unet import UNet
@@ -129,7 +129,7 @@ def _denoise(
     guidance, inputs = condition(model, params, checked, indices, mesh)
     cache = prepare(params, inputs, unet=model.unet)
 
-    points = jax.tree.map(jnp.asarray, schedule.pad(checked.grid.points))
+    points = jax.tree.map(jnp.asarray, grids.pad(checked.grid.points))
     x = noise * np.float32(checked.grid.initial)
     blend: tuple[Blend, ...] = ()
     if checked.starts_from_image:

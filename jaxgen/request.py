@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxgen.data import images, prompts
 from jaxgen.denoiser import Model
-from jaxgen.diffusion import schedule as schedules
+from jaxgen.diffusion import grids
+from jaxgen.diffusion.schedule import Schedule
 from jaxgen.types import UserError
 
 
@@ -68,8 +69,8 @@ class Plan(NamedTuple):
     """A request that a model can fulfil."""
 
     request: Request
-    schedule: schedules.Schedule
-    grid: schedules.Grid
+    schedule: Schedule
+    grid: grids.Grid
     start: int  # first row of the grid that is run
     from_noise: bool  # whether the run starts from pure noise, not from the noised image
     size: tuple[int, int]  # width, height in pixels
@@ -120,7 +121,7 @@ def plan(model: Model, request: Request) -> Plan:
     if request.eta and schedule.sampler != "ddim":
         raise UserError(f"eta belongs to the sampler ddim, not to {schedule.sampler}")
     start, from_noise = _start(request, edits)
-    grid = schedules.grid(schedule, request.steps, start, request.eta)
+    grid = grids.grid(schedule, request.steps, start, request.eta)
 
     latent = (height // model.factor, width // model.factor, model.vae.config.latent_channels)
     checked = Plan(
@@ -143,10 +144,10 @@ def plan(model: Model, request: Request) -> Plan:
     return checked
 
 
-def read_schedule(model: Model, sampler: str | None, karras: bool = False) -> schedules.Schedule:
+def read_schedule(model: Model, sampler: str | None, karras: bool = False) -> Schedule:
     """The model's schedule for a sampler, its own by default."""
     where = f"{model.name}: scheduler_config.json"
-    schedule = schedules.Schedule.read(model.scheduler, sampler, where)
+    schedule = Schedule.read(model.scheduler, sampler, where)
     if karras:
         if schedule.sampler not in ("euler", "dpmpp"):
             raise UserError(
@@ -164,7 +165,7 @@ def _check_numbers(model: Model, request: Request) -> None:
         if not math.isfinite(getattr(r, name)):
             raise UserError(f"{name} = {getattr(r, name)} is not a finite number")
     ranges: tuple[tuple[str, float, float], ...] = (
-        ("steps", 1, schedules.MAX_STEPS),
+        ("steps", 1, grids.MAX_STEPS),
         ("count", 1, 2**31 - 1),
         ("seed", 0, 2**32 - 1),
         ("clip_skip", 0, model.text_encoder.config.num_hidden_layers - 1),

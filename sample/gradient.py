@@ -15,7 +15,7 @@ import numpy as np
 
 import jaxgen
 from jaxgen import denoiser, generate, request, sharding
-from jaxgen.diffusion import guidance, samplers, schedule
+from jaxgen.diffusion import grids, guidance, samplers
 from jaxgen.types import Array, Params
 
 
@@ -24,7 +24,7 @@ def main(folder: str, prompt: str) -> None:
     asked = request.Request(prompts=[prompt], sampler="ddim", steps=8)
     plan = request.plan(model, asked)
     weights, inputs = generate.condition(model, params, plan, [0], sharding.data_mesh(1))
-    grid = schedule.grid(plan.schedule, asked.steps).points
+    grid = grids.grid(plan.schedule, asked.steps).points
 
     def brightness(noise: Array, params: Params) -> Array:
         cache = denoiser.prepare(model.unet, params, inputs)

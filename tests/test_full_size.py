@@ -20,7 +20,8 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import jaxgen
-from jaxgen.diffusion import schedule
+from jaxgen.diffusion import grids
+from jaxgen.diffusion.schedule import Schedule
 from jaxgen.load import CLIP_TOKENIZER
 from jaxgen.types import Inputs
 from tests.test_load import MEASURE
@@ -184,7 +185,7 @@ def test_networks_and_pictures_match_diffusers(case):
     text = jax.jit(lambda p, ids: model.text_encoder.apply(p, ids)[0])(params["text_encoder"], ids)
     errors = {"text": error(text, expected["text"])}
 
-    points = schedule.grid(schedule.Schedule(), STEPS).points
+    points = grids.grid(Schedule(), STEPS).points
     point = jax.tree.map(lambda field: field[0], points)._replace(time=np.float32(TIME))
 
     @jax.jit

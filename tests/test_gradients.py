@@ -12,7 +12,8 @@ import torch
 
 import jaxgen
 from jaxgen import denoiser
-from jaxgen.diffusion import guidance, samplers, schedule
+from jaxgen.diffusion import grids, guidance, samplers
+from jaxgen.diffusion.schedule import Schedule
 from jaxgen.types import Inputs
 from tests.torch_oracle import error, nhwc
 
@@ -47,7 +48,7 @@ def program(tiny):
 
     @cache
     def make(steps):
-        points = schedule.grid(schedule.Schedule.read(model.scheduler, "ddim", ""), steps).points
+        points = grids.grid(Schedule.read(model.scheduler, "ddim", ""), steps).points
         wide = jax.tree.map(widen, (params, points))
         with jax.enable_x64(True):
             return jax.jit(jax.value_and_grad(score)).trace(NOISE, *wide), wide

@@ -1,7 +1,7 @@
 """Samplers: one step each, and the two drivers that own the loop.
 
 A step is a pure function of a denoiser, a state and a point of a grid, whose coefficients
-`schedule.grid` worked out. Because they are only that, `jit`, `vmap` and `grad` pass through:
+`grids.grid` worked out. Because they are only that, `jit`, `vmap` and `grad` pass through:
 `jax.grad(lambda seed: score(unroll(ddim, denoise, State(seed, ()), points, None).x))` improves a
 seed.
 """
@@ -144,7 +144,7 @@ def walk(
         step: of a sampler.
         denoise: (x, point) -> raw prediction.
         state: x is [B, ...].
-        points: each field has a leading axis of rows; see `schedule.pad`.
+        points: each field has a leading axis of rows; see `grids.pad`.
         start: first row, traced or not.
         stop: one past the last row: the grid's length, not that of its padding.
         keys: one typed key per image [B], or None for a run without fresh noise.

@@ -7,9 +7,10 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
+from jaxgen.diffusion.grids import grid
 from jaxgen.diffusion.guidance import guide
 from jaxgen.diffusion.samplers import SAMPLERS, State, unroll
-from jaxgen.diffusion.schedule import Schedule, grid
+from jaxgen.diffusion.schedule import Schedule
 from tests.torch_oracle import error
 
 SHAPE = (3, 4, 5, 2)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from jaxgen.diffusion.grids import grid, pad
 from jaxgen.diffusion.samplers import SAMPLERS, State, unroll, walk
-from jaxgen.diffusion.schedule import KINDS, Schedule, grid, pad
+from jaxgen.diffusion.schedule import KINDS, Schedule
 from tests.torch_oracle import error
 
 SHAPE = (2, 2, 3, 5)  # any layout serves: the toy mixes the last axis alone

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxgen.config import AnyOf
-from jaxgen.diffusion.schedule import KINDS, MAX_STEPS, Schedule, alphas_cumprod, grid, pad
+from jaxgen.diffusion.grids import MAX_STEPS, grid, pad
+from jaxgen.diffusion.schedule import KINDS, Schedule, alphas_cumprod
 from jaxgen.types import UserError
 
 SPACINGS = ("leading", "linspace", "trailing")
@@ -128,7 +129,7 @@ def test_schedules_are_values():
         ({"solver_order": 3}, "dpmpp", "solver_order = 3 is not one of 1, 2"),
         ({"trained_betas": [0.1]}, "ddim", "trained_betas holds 1 values, not 1000"),
         ({"trained_betas": [0.0] * 1000}, "ddim", "trained_betas holds values that are not above"),
-        ({"steps_offset": 0.5}, "ddim", "steps_offset = 0.5 is not a whole number"),
+        ({"steps_offset": 0.5}, "ddim", "steps_offset = 0.5 is not of type int"),
         ({"beta_end": 1e-9}, "ddim", "do not rise"),
     ],
     ids=str,
