@@ -108,7 +108,8 @@ class Sample:
         writer = Writer(self.out, model, checked)
         params = read_params(model, tensors, self.dtype)
         writer.write_all(params)
-        print(f"{writer.count} pictures in {self.out}, together in {self.out / 'grid.png'}")
+        made = "1 picture is" if writer.count == 1 else f"{writer.count} pictures are"
+        print(f"{made} in {self.out}; see {self.out / 'grid.png'}")
 
     def _refuse_branches(self, model: Model) -> None:
         for name in ("control", "control_range", "guess", "box", "demo", "lora", "token"):

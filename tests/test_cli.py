@@ -71,7 +71,7 @@ def test_a_folder_of_samples_is_a_training_folder(here, capsys):
     assert "Seed: 7" in text
     assert "Size: 64x64" in text
     assert Image.open("out/grid.png").size == (132, 132)
-    assert "4 pictures in out" in capsys.readouterr().out
+    assert "4 pictures are in out" in capsys.readouterr().out
 
 
 def test_a_folder_in_use_is_added_to(here):
@@ -297,6 +297,7 @@ def test_ctrl_c_leaves_only_finished_images(here):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not Path("out/00001.png").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
