@@ -81,10 +81,12 @@ def run(
     batch = checked.request.batch or devices * (1 if jax.default_backend() == "cpu" else 4)
     batch = -(-min(batch, checked.total) // devices) * devices
     params = sharding.replicate(params, mesh)
+    pictures = encode_pictures(model, params, checked)
     batches = list(_batches(checked, batch))
     with tqdm(total=len(batches) * checked.calls, unit="step", disable=not progress) as bar:
         for indices in batches:
-            latents = _denoise(model, params, checked, _filled(indices, batch), mesh, bar)
+            full = _filled(indices, batch)
+            latents = _denoise(model, params, checked, pictures, full, mesh, bar)
             yield from zip(indices, finish(model, params, latents, output), strict=False)
 
 
@@ -120,24 +122,52 @@ class Blend(NamedTuple):
     noise: Array  # [B, h, w, C] with which they are noised
 
 
+class Pictures(NamedTuple):
+    """What a plan's image and mask are to the network, encoded once; empty without them."""
+
+    known: tuple[Array, ...] = ()  # [1, h, w, C] clean latents that the run starts from
+    mask: tuple[Array, ...] = ()  # [1, h, w, 1], 1 where repainted
+    channels: tuple[Array, ...] = ()  # [1, h, w, C'] what the UNet reads beside x
+
+
+def encode_pictures(model: Model, params: Params, checked: Plan) -> Pictures:
+    """The latents of a plan's image: as a start, as what stays, or as further input channels."""
+    if not checked.image.size:
+        return Pictures()
+    encode = partial(encode_image, params["vae"], vae=model.vae)
+    image = unit(checked.image)
+    if checked.edits:  # such models read the latents unscaled
+        return Pictures(channels=(encode(image) / model.vae.config.scaling_factor,))
+    known = (encode(image),)
+    if not checked.mask.size:
+        return Pictures(known)
+    mask = jnp.asarray(checked.mask[None, :, :, None], jnp.float32)
+    if not checked.inpaints:
+        return Pictures(known, (mask,))
+    hidden = encode(image * ~checked.pixel_mask[None, :, :, None])
+    return Pictures(known, channels=(jnp.concatenate([mask, hidden], -1),))
+
+
 def _denoise(
-    model: Model, params: Params, checked: Plan, indices: list[int], mesh: Mesh, bar: tqdm
+    model: Model,
+    params: Params,
+    checked: Plan,
+    pictures: Pictures,
+    indices: list[int],
+    mesh: Mesh,
+    bar: tqdm,
 ) -> Array:
     """One batch from noise to clean latents [B, h, w, C]."""
     request, start = checked.request, checked.start
     noise, keys = _noise(checked, indices, mesh)
-    guidance, inputs = condition(model, params, checked, indices, mesh)
+    guidance, inputs = condition(model, params, checked, pictures, indices, mesh)
     cache = prepare(params, inputs, unet=model.unet)
 
     points = jax.tree.map(jnp.asarray, grids.pad(checked.grid.points))
     x = noise * np.float32(checked.grid.initial)
-    blend: tuple[Blend, ...] = ()
-    if checked.starts_from_image:
-        known = encode_image(params["vae"], unit(checked.image), vae=model.vae)
-        if not checked.from_noise:
-            x = points.signal[start] * known + points.noise[start] * noise
-        if checked.blends:
-            blend = (Blend(_latent_mask(checked), known, noise),)
+    if not checked.from_noise:
+        x = points.signal[start] * pictures.known[0] + points.noise[start] * noise
+    blend = tuple(Blend(mask, pictures.known[0], noise) for mask in pictures.mask)
 
     sampler = samplers.SAMPLERS[checked.schedule.sampler]
     state = samplers.State(x, sampler.memory(x))
@@ -177,7 +207,12 @@ def draw(seed: Array, number: Array, shape: tuple[int, ...]) -> tuple[Array, Arr
 
 
 def condition(
-    model: Model, params: Params, checked: Plan, indices: list[int], mesh: Mesh
+    model: Model,
+    params: Params,
+    checked: Plan,
+    pictures: Pictures,
+    indices: list[int],
+    mesh: Mesh,
 ) -> tuple[Guidance, Inputs]:
     """The branches of guidance and their inputs, side by side for each image: [B * G, ...].
 
@@ -199,34 +234,22 @@ def condition(
     if request.clip_skip and guided:  # as in diffusers, of the prompt alone
         negative = np.tile(np.array(rows) == 0, len(indices))
         text = jnp.where(negative[:, None, None], encode(), text)
-    inputs = Inputs(text, concat=_channels(model, params, checked, len(ids), len(rows)))
+    inputs = Inputs(text, concat=_channels(checked, pictures, len(indices), len(rows)))
     if distilled:
         inputs = inputs._replace(guidance=(jnp.full(len(ids), request.guidance, jnp.float32),))
     low, high = request.guidance_interval
     return Guidance(jnp.asarray(scales), *map(jnp.float32, (request.rescale, low, high))), inputs
 
 
-def _channels(
-    model: Model, params: Params, checked: Plan, rows: int, branches: int
-) -> tuple[Array, ...]:
-    """What the UNet reads beside x: mask and masked image, the image to edit, or nothing."""
-    if checked.edits:  # unscaled, and zero in the branch that sees no image
-        image = encode_image(params["vae"], unit(checked.image), vae=model.vae)
-        image = jnp.repeat(image / model.vae.config.scaling_factor, branches, 0)
-        if branches > 1:
-            image = image.at[0].set(0)
-        return (jnp.tile(image, (rows // branches, 1, 1, 1)),)
-    if checked.inpaints:
-        hidden = unit(checked.image) * ~checked.pixel_mask[None, :, :, None]
-        image = encode_image(params["vae"], hidden, vae=model.vae)
-        both = jnp.concatenate([_latent_mask(checked), image], -1)
-        return (jnp.tile(both, (rows, 1, 1, 1)),)
-    return ()
-
-
-def _latent_mask(checked: Plan) -> Array:
-    """[1, h, w, 1], 1 where repainted."""
-    return jnp.asarray(checked.mask[None, :, :, None], jnp.float32)
+def _channels(checked: Plan, pictures: Pictures, images: int, branches: int) -> tuple[Array, ...]:
+    """The further channels for every branch of every image, [B * G, h, w, C'] or nothing."""
+    out = []
+    for channels in pictures.channels:
+        rows = jnp.repeat(channels, branches, 0)
+        if checked.edits and branches > 1:
+            rows = rows.at[0].set(0)  # the least conditioned branch sees no image
+        out.append(jnp.tile(rows, (images, 1, 1, 1)))
+    return tuple(out)
 
 
 @partial(jax.jit, static_argnames=("encoder", "skip"))

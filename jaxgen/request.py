@@ -89,16 +89,6 @@ class Plan(NamedTuple):
     edits: bool  # the UNet reads the image to edit
 
     @property
-    def blends(self) -> bool:
-        """Whether what stays is put back after each step, for a UNet that reads no mask."""
-        return self.mask.size > 0 and not self.inpaints
-
-    @property
-    def starts_from_image(self) -> bool:
-        """Whether the image's latents take part in the run itself."""
-        return self.image.size > 0 and not self.edits
-
-    @property
     def calls(self) -> int:
         """Steps that run for each batch."""
         return self.grid.length - self.start

@@ -23,7 +23,9 @@ def main(folder: str, prompt: str) -> None:
     model, params = jaxgen.load(folder)
     asked = request.Request(prompts=[prompt], sampler="ddim", steps=8)
     plan = request.plan(model, asked)
-    weights, inputs = generate.condition(model, params, plan, [0], sharding.data_mesh(1))
+    pictures = generate.Pictures()  # none: text to image
+    mesh = sharding.data_mesh(1)
+    weights, inputs = generate.condition(model, params, plan, pictures, [0], mesh)
     grid = grids.grid(plan.schedule, asked.steps).points
 
     def brightness(noise: Array, params: Params) -> Array:
