@@ -2,10 +2,11 @@
 
 import contextlib
 import io
+import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from jaxgen import request
+from jaxgen import generate, request
 from jaxgen.data import images, latents
 from jaxgen.denoiser import Model
 from jaxgen.load import DTYPES, check_new, describe, load, open_model, read_params, save
@@ -42,6 +43,8 @@ class Sample:
     """A file of more prompts, one a line."""
     model: str | None = None
     """A folder in the diffusers layout, a hub id, or a single safetensors file."""
+    prediction: str | None = None
+    """What the network predicts, where a single file does not say: epsilon or v_prediction."""
     negative: str = ""
     """What to lead away from."""
     steps: int = 30
@@ -50,8 +53,8 @@ class Sample:
     """ddim, ddpm, euler, euler_a, dpmpp, pndm or lcm; by default the model's own."""
     guidance: float = 7.5
     """Scale of classifier-free guidance; 1 or less turns it off."""
-    image_guidance: float = 1.5
-    """For models that edit pictures: how closely to follow the picture."""
+    image_guidance: float | None = None
+    """For models that edit pictures: how closely to follow the picture; 1.5 by default."""
     rescale: float = 0.0
     """Share of the guided prediction brought back to the unguided contrast, 0 to 1."""
     guidance_interval: str = "0,1"
@@ -102,11 +105,12 @@ class Sample:
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
         _use_compile_cache()
-        model, tensors = open_model(self.model)
-        self._refuse_branches(model)
-        checked = request.plan(model, self._request(model))
-        writer = Writer(self.out, model, checked)
-        params = read_params(model, tensors, self.dtype)
+        with _notices_after():
+            model, tensors = open_model(self.model, prediction=self.prediction)
+            self._refuse_branches(model)
+            checked = request.plan(model, self._request(model))
+            writer = Writer(self.out, model, checked, self.dtype)
+        params = read_params(model, tensors, self.dtype, generate.mesh_for(checked))
         writer.write_all(params)
         made = "1 picture is" if writer.count == 1 else f"{writer.count} pictures are"
         print(f"{made} in {self.out}; see {self.out / 'grid.png'}")
@@ -126,7 +130,7 @@ class Sample:
             noise, found = latents.read_latents(self.latents)
             sampler = request.read_schedule(model, self.sampler, self.karras).sampler
             here = {"sampler": sampler, "steps": self.steps, "guidance": self.guidance}
-            latents.check_settings(self.latents, found, here | {"model": model.name})
+            latents.check_settings(self.latents, found, here | {"model": Path(model.name).name})
         return request.Request(
             prompts=prompts,
             negative=self.negative,
@@ -175,11 +179,13 @@ class Convert:
     """A new or empty folder."""
     dtype: str | None = None
     """f32 or bf16; by default each tensor keeps its own."""
+    prediction: str | None = None
+    """What the network predicts, where a single file does not say: epsilon or v_prediction."""
 
     def run(self) -> None:
         """All of it or nothing."""
         check_new(self.dst)
-        save(*load(self.src, dtype=self.dtype), self.dst)
+        save(*load(self.src, dtype=self.dtype, prediction=self.prediction), self.dst)
         print(f"{self.src} is now in {self.dst}")
 
 
@@ -190,8 +196,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:  # raised where a bad value enters; everything else is our bug
         print(f"jaxgen: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a name too long, a folder that vanished
+        print(f"jaxgen: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("\njaxgen: stopped; what was finished is kept", file=sys.stderr)
+        print("\njaxgen: stopped; nothing unfinished is left behind", file=sys.stderr)
         sys.exit(130)
 
 
@@ -212,8 +221,25 @@ def _parse(arguments: Sequence[str] | None) -> Sample | Info | Convert:
             raise
         text = re.sub(r"\x1b\[[0-9;]*m|[─│╭╮╰╯]", " ", said.getvalue())
         text = " ".join(text.split()).removeprefix("Value error ").removeprefix("Error ")
+        text = text.removeprefix("Unrecognized options ")
         text = re.split(r" Argument helptext:|\.? For full helptext", text)[0]
         raise UserError(f"{text or 'no such option'}; see jaxgen --help") from None
+
+
+@contextlib.contextmanager
+def _notices_after() -> Iterator[None]:
+    """What the library logs is said once all is well: an error stays the one line it is."""
+    notices: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: notices.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("jaxgen")
+    logger.addHandler(handler)
+    try:
+        yield
+        for notice in notices:
+            print(f"jaxgen: {notice}", file=sys.stderr)
+    finally:
+        logger.removeHandler(handler)
 
 
 def _use_compile_cache() -> None:
@@ -230,7 +256,7 @@ def _use_compile_cache() -> None:
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts in {path}: {error}") from None
     return [line for line in text.splitlines() if line.strip()]

@@ -1,8 +1,8 @@
 """From prompts to pictures: what `jaxgen.sample` and the command do.
 
-Four programs compile, each once: encode the text, prepare what does not depend on time, walk the
-grid, decode. Prompt, seed, guidance, strength and the number of steps are traced; shapes, the
-sampler and the set of branches are not.
+Each program compiles once: draw the noise, encode text and pictures, prepare what does not depend
+on time, walk the grid, decode. Prompt, seed, guidance above 1, strength and the number of steps are
+traced; shapes (so the number of chunks of text), the sampler and the set of branches are not.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,8 @@ from jaxgen.models.vae import VAE
 from jaxgen.request import Plan, Request, plan
 from jaxgen.types import Array, Cache, Inputs, Params, Point, UserError
 
-TILES = 4  # latents of more tiles than this are decoded in tiles
+TILE = 64  # side of a tile in latents, where more latents than WHOLE are decoded in tiles
+WHOLE = 128 * 128
 
 
 def sample(
@@ -76,18 +77,25 @@ def run(
     progress: bool = False,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The images of a plan as they are finished: (index in prompt-major order, image)."""
-    mesh = mesh or sharding.data_mesh(min(len(jax.devices()), checked.total))
+    mesh = mesh or mesh_for(checked)
     devices = mesh.size
     batch = checked.request.batch or devices * (1 if jax.default_backend() == "cpu" else 4)
     batch = -(-min(batch, checked.total) // devices) * devices
     params = sharding.replicate(params, mesh)
-    pictures = encode_pictures(model, params, checked)
+    pictures = sharding.replicate(encode_pictures(model, params, checked), mesh)
     batches = list(_batches(checked, batch))
     with tqdm(total=len(batches) * checked.calls, unit="step", disable=not progress) as bar:
         for indices in batches:
             full = _filled(indices, batch)
             latents = _denoise(model, params, checked, pictures, full, mesh, bar)
             yield from zip(indices, finish(model, params, latents, output), strict=False)
+
+
+def mesh_for(checked: Plan) -> Mesh:
+    """As many devices as a plan has images to do at once, up to all of them."""
+    return sharding.data_mesh(
+        min(len(jax.devices()), checked.total, checked.request.batch or checked.total)
+    )
 
 
 def _batches(checked: Plan, batch: int) -> Iterator[list[int]]:
@@ -138,7 +146,7 @@ def encode_pictures(model: Model, params: Params, checked: Plan) -> Pictures:
     image = unit(checked.image)
     if checked.edits:  # such models read the latents unscaled
         return Pictures(channels=(encode(image) / model.vae.config.scaling_factor,))
-    known = (encode(image),)
+    known = () if checked.from_noise and checked.inpaints else (encode(image),)
     if not checked.mask.size:
         return Pictures(known)
     mask = jnp.asarray(checked.mask[None, :, :, None], jnp.float32)
@@ -163,7 +171,7 @@ def _denoise(
     guidance, inputs = condition(model, params, checked, pictures, indices, mesh)
     cache = prepare(params, inputs, unet=model.unet)
 
-    points = jax.tree.map(jnp.asarray, grids.pad(checked.grid.points))
+    points = sharding.replicate(grids.pad(checked.grid.points), mesh)
     x = noise * np.float32(checked.grid.initial)
     if not checked.from_noise:
         x = points.signal[start] * pictures.known[0] + points.noise[start] * noise
@@ -201,7 +209,7 @@ def draw(seed: Array, number: Array, shape: tuple[int, ...]) -> tuple[Array, Arr
 
     def one(i: Array) -> tuple[Array, Array]:
         start, steps = jax.random.split(jax.random.fold_in(jax.random.key(seed), i))
-        return jax.random.normal(start, shape), steps
+        return jax.random.normal(start, shape, jnp.float32), steps
 
     return jax.vmap(one)(number)
 
@@ -224,7 +232,7 @@ def condition(
     rows = [0, 1] if guided else [1]  # of each text: 0 is the negative
     scales = [request.guidance] if guided else []
     if guided and checked.edits:
-        rows, scales = [0, 0, 1], [request.image_guidance, request.guidance]
+        rows, scales = [0, 0, 1], [checked.image_guidance, request.guidance]
 
     texts = [checked.texts[i // request.count] for i in indices]
     ids, weights = (np.concatenate([pair[j][rows] for pair in texts]) for j in (0, 1))
@@ -238,7 +246,9 @@ def condition(
     if distilled:
         inputs = inputs._replace(guidance=(jnp.full(len(ids), request.guidance, jnp.float32),))
     low, high = request.guidance_interval
-    return Guidance(jnp.asarray(scales), *map(jnp.float32, (request.rescale, low, high))), inputs
+    numbers = (np.asarray(n, np.float32) for n in (scales, request.rescale, low, high))
+    guidance = Guidance(*numbers)  # type: ignore[arg-type]
+    return sharding.replicate(guidance, mesh), inputs
 
 
 def _channels(checked: Plan, pictures: Pictures, images: int, branches: int) -> tuple[Array, ...]:
@@ -315,21 +325,14 @@ def finish(model: Model, params: Params, latents: Array, output: str) -> np.ndar
     """Latents [B, h, w, C] -> what the caller asked for, on the host."""
     if output == "latents":
         return np.asarray(latents)
-    tile = max(1, _tile(model))
     program = partial(decode, params["vae"], vae=model.vae)
-    if latents.shape[1] * latents.shape[2] > TILES * tile * tile:
-        images = np.asarray(decode_tiled(program, latents, tile, model.factor))
+    if latents.shape[1] * latents.shape[2] > WHOLE:
+        images = np.asarray(decode_tiled(program, latents, TILE, model.factor))
     else:
         images = np.asarray(program(latents))
     if not np.isfinite(images).all():
         raise UserError("the model's output is not finite; with dtype bf16, try f32")
     return images if output == "float" else to_uint8(images)
-
-
-def _tile(model: Model) -> int:
-    """Side of a tile in latents: what the VAE was trained on."""
-    size = model.vae.config.sample_size
-    return (min(size) if isinstance(size, tuple) else size) // model.factor
 
 
 @partial(jax.jit, static_argnames="vae")

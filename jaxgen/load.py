@@ -24,6 +24,7 @@ from jaxgen.types import Params, UserError
 from jaxgen.weights import files, hub, rename, single_file
 from jaxgen.weights.files import Tensor, Tensors
 
+PREDICTIONS = single_file.PREDICTION_TYPES
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 PIPELINES = (
     "StableDiffusionPipeline",
@@ -72,6 +73,7 @@ def load(
     *,
     dtype: str | None = "f32",
     variant: str = "",
+    prediction: str | None = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules = (),
 ) -> tuple[Model, Params]:
@@ -80,22 +82,36 @@ def load(
     Args:
         ref: a folder in the diffusers layout, a hub id, or a single safetensors file.
         dtype: "f32" or "bf16", of the parameters and so of the computation; None keeps each
-            tensor's own.
+            tensor's own (float64 becomes float32).
         variant: e.g. "fp16", to choose among the files of a folder.
-        mesh: devices that hold the parameters; by default the first device alone.
-        rules: (path pattern, PartitionSpec), for parameters that are to be split over the mesh.
+        prediction: "epsilon", "v_prediction" or "sample", where it differs from what the files
+            say, or a single file says nothing.
+        mesh: devices that hold the parameters; by default the first device alone. `sample` copies
+            them to all its devices, unless they are there already.
+        rules: (path pattern, PartitionSpec), for parameters that are to be split over the mesh;
+            paths begin with the part, as in `unet/conv_in/kernel`.
 
     Raises:
         UserError: one line that names what is missing, damaged or not supported.
     """
-    model, tensors = open_model(ref, variant)
+    model, tensors = open_model(ref, variant, prediction)
     return model, read_params(model, tensors, dtype, mesh, rules)
 
 
-def open_model(ref: str | Path | None, variant: str = "") -> tuple[Model, dict[str, Tensors]]:
+def open_model(
+    ref: str | Path | None, variant: str = "", prediction: str | None = None
+) -> tuple[Model, dict[str, Tensors]]:
     """A model and its tensors by part and path: names and shapes are checked, no values read."""
-    path = find(ref)
-    model, released = _open_single(path) if path.is_file() else _open_folder(path, variant)
+    if prediction not in (None, *PREDICTIONS):
+        raise UserError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
+    path = find(ref, variant)
+    if path.is_file():
+        model, released = _open_single(path, prediction)
+    else:
+        model, released = _open_folder(path, variant)
+    if prediction:
+        scheduler = {**model.scheduler, "prediction_type": prediction}
+        model = dataclasses.replace(model, scheduler=scheduler)
     tensors = {}
     for name in PARTS:
         tensors[name] = rename.by_path(released[name])
@@ -117,23 +133,29 @@ def read_params(
     kind = DTYPES[dtype] if dtype else None
     return {
         name: trees.unflatten(
-            {p: place(t, kind, sharding.of_path(p, mesh, rules)) for p, t in part.items()}
+            {
+                p: place(t, kind, sharding.of_path(f"{name}/{p}", mesh, rules))
+                for p, t in part.items()
+            }
         )
         for name, part in tensors.items()
     }
 
 
-def find(ref: str | Path | None) -> Path:
+def find(ref: str | Path | None, variant: str = "") -> Path:
     """The folder or file that `ref` names, fetched from the hub if it is an id."""
     if ref is None:
         raise UserError(
             "the embedded model does not ship yet; name a folder, hub id or file (--model)"
         )
     path = Path(ref)
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except OSError as error:
+        raise UserError(f"no model {str(ref)[:80]}: {error.strerror}") from None
     if hub.is_id(str(ref)) and not path.parent.is_dir():
-        return hub.fetch(str(ref))
+        return hub.fetch(str(ref), variant)
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, beside, 1)
     hint = f"; did you mean {path.parent / close[0]}?" if close else ""
@@ -170,7 +192,7 @@ def _open_folder(path: Path, variant: str) -> tuple[Model, dict[str, Tensors]]:
         raise UserError(
             f"{path} is no model folder: it should hold model_index.json and has {what}"
         )
-    pipeline = config.read_json(index).get("_class_name", "")
+    pipeline = str(config.read_json(index).get("_class_name"))
     if pipeline not in PIPELINES:
         raise UserError(
             f"{index} is of {pipeline}; only the Stable Diffusion 1.x and 2.x families are loaded"
@@ -181,7 +203,10 @@ def _open_folder(path: Path, variant: str) -> tuple[Model, dict[str, Tensors]]:
         where = path / part.folder / "config.json"
         networks[name] = part.read(_typed(config.read_json(where), part, where), str(where))
         tensors[name] = part.tidy(files.open_folder(path / part.folder, part.stem, variant))
-    scheduler = config.read_json(path / "scheduler" / "scheduler_config.json")
+    where = path / "scheduler" / "scheduler_config.json"
+    scheduler = config.read_json(where)
+    if not isinstance(scheduler.get("_class_name"), str):
+        raise UserError(f"{where} does not name its _class_name, e.g. DDIMScheduler")
     tokenizer = Tokenizer.read(path / "tokenizer")
     model = Model(
         **networks, tokenizer=tokenizer, scheduler=scheduler, name=str(path), pipeline=pipeline
@@ -197,10 +222,10 @@ def _typed(data: dict[str, Any], part: Part, where: Path) -> dict[str, Any]:
     return data
 
 
-def _open_single(path: Path) -> tuple[Model, dict[str, Tensors]]:
+def _open_single(path: Path, prediction: str | None) -> tuple[Model, dict[str, Tensors]]:
     whole = files.open_file(path)
     tensors = single_file.split(whole, str(path))
-    configs = single_file.configs(whole, path)
+    configs = single_file.configs(whole, path, prediction)
     networks = {name: part.read(configs[name], f"{path}: {name}") for name, part in PARTS.items()}
     scheduler = configs["scheduler"]
     # The file holds no tokenizer; CLIP's vocabulary is one, and the families pad differently.
@@ -229,6 +254,11 @@ def _check(model: Model) -> None:
         raise UserError(
             f"{model.name}: the VAE has {model.vae.config.latent_channels} latent channels, "
             f"the UNet predicts {model.unet.config.out_channels}"
+        )
+    length, positions = model.tokenizer.length, model.text_encoder.config.max_position_embeddings
+    if length > positions:
+        raise UserError(
+            f"{model.name}: the tokenizer fills {length} places, the text encoder has {positions}"
         )
     if model.tokenizer.size > model.text_encoder.config.vocab_size:
         raise UserError(
@@ -271,12 +301,14 @@ def check_new(folder: Path) -> None:
 def _write(model: Model, params: Params, folder: Path) -> None:
     index: dict[str, Any] = {"_class_name": model.pipeline}
     for name, part in PARTS.items():
-        index[name] = [part.library, part.class_name]
+        projected = name == "text_encoder" and model.text_encoder.projected
+        class_name = part.class_name + "WithProjection" * projected
+        index[name] = [part.library, class_name]
         files.save_folder(folder / part.folder, part.stem, _released(params[name]))
-        data = config.dump(getattr(model, name).config, part.class_name)
+        data = config.dump(getattr(model, name).config, class_name)
         if part.library == "transformers":
             del data["_class_name"]
-            data |= {"architectures": [part.class_name], "model_type": "clip_text_model"}
+            data |= {"architectures": [class_name], "model_type": "clip_text_model"}
         config.write_json(folder / part.folder / "config.json", data)
     index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     model.tokenizer.save(folder / "tokenizer")

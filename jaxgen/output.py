@@ -2,7 +2,6 @@
 
 import json
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,16 @@ class Writer:
     `metadata.jsonl`, the list makes the folder a training folder.
     """
 
-    def __init__(self, folder: Path, model: Model, checked: Plan):
+    def __init__(self, folder: Path, model: Model, checked: Plan, dtype: str = "f32"):
         """Makes the folder, or raises UserError if nothing can be written there."""
-        self.folder, self.model, self.checked = folder, model, checked
+        self.folder, self.model, self.checked, self.dtype = folder, model, checked, dtype
+        self.list = folder / "samples.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            known = self.list.exists()
+            self.list.open("a").close()
+            if not known:  # until there is a picture to list
+                self.list.unlink()
             numbers = [int(p.stem) for p in folder.glob("*.png") if re.fullmatch(r"\d+", p.stem)]
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
@@ -64,12 +66,34 @@ class Writer:
             Path(self.model.name).name,
             karras=self.checked.schedule.use_karras_sigmas,
             index=settings["index"],
+            **self._further(),
         )
         images.save_png(self.folder / name, image, text)
         # After the picture, on one line: who reads the list finds every file it names.
-        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"file_name": name} | settings, ensure_ascii=False) + "\n")
+        line = json.dumps({"file_name": name} | settings, ensure_ascii=False) + "\n"
+        with self.list.open("a", encoding="utf-8", errors="replace") as file:
+            file.write(line)  # half a surrogate pair, from a badly decoded argument, has no UTF-8
         self.count += 1
+
+    def _further(self) -> dict[str, Any]:
+        """The settings that are not at their defaults, as readers of PNGs name them."""
+        request, checked = self.checked.request, self.checked
+        further: dict[str, Any] = {
+            "image_guidance": checked.image_guidance if checked.edits else None,
+            "guidance_rescale": request.rescale or None,
+            "eta": request.eta or None,
+            # A1111 counts the layer that is read from the end, from 1.
+            "clip_skip": request.clip_skip + 1 if request.clip_skip else None,
+            "denoising_strength": None,
+            "mask": "yes" if checked.mask.size else None,
+            "latents": "from a file" if request.latents is not None else None,
+            "dtype": self.dtype if self.dtype != "f32" else None,
+        }
+        if request.guidance_interval != (0.0, 1.0):
+            further["guidance_interval"] = "{:g} to {:g}".format(*request.guidance_interval)
+        if checked.image.size and not checked.edits:
+            further["denoising_strength"] = 0.8 if request.strength is None else request.strength
+        return further
 
     def _settings(self, index: int) -> dict[str, Any]:
         request = self.checked.request

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from jaxgen.denoiser import Model
 from jaxgen.diffusion import grids
 from jaxgen.diffusion.schedule import Schedule
 from jaxgen.types import UserError
+
+MAX_IMAGES = 10**6  # of one request
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +29,8 @@ class Request:
         steps: of a full run, from pure noise, up to 1000.
         sampler: one of `samplers.SAMPLERS`; the model's own by default.
         guidance: scale of classifier-free guidance; 1 or less turns it off.
-        image_guidance: of instruction-editing models, how closely to follow the picture.
+        image_guidance: of instruction-editing models, how closely to follow the picture; 1.5 by
+            default.
         rescale: share of the guided prediction brought back to the contrast of the unguided one.
         guidance_interval: part of the run, as fractions, in which guidance acts.
         eta: DDIM's share of fresh noise, 0 to 1.
@@ -49,7 +52,7 @@ class Request:
     steps: int = 30
     sampler: str | None = None
     guidance: float = 7.5
-    image_guidance: float = 1.5
+    image_guidance: float | None = None
     rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     eta: float = 0.0
@@ -65,7 +68,8 @@ class Request:
     latents: np.ndarray | None = None
 
 
-class Plan(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
     """A request that a model can fulfil."""
 
     request: Request
@@ -79,14 +83,14 @@ class Plan(NamedTuple):
     mask: np.ndarray  # bool [h, w] at the latents' size; empty without one
     pixel_mask: np.ndarray  # bool [H, W] at `size`; empty without one
     texts: list[tuple[np.ndarray, np.ndarray]]  # per prompt: ids and weights, [2, n, 77] each
+    inpaints: bool  # the UNet reads a mask and the masked image
+    edits: bool  # the UNet reads the image to edit
+    image_guidance: float  # of a UNet that edits
 
     @property
     def total(self) -> int:
         """Images in all."""
         return len(self.request.prompts) * self.request.count
-
-    inpaints: bool  # the UNet reads a mask and the masked image
-    edits: bool  # the UNet reads the image to edit
 
     @property
     def calls(self) -> int:
@@ -97,9 +101,10 @@ class Plan(NamedTuple):
 def plan(model: Model, request: Request) -> Plan:
     """Checks a request against a model. Raises UserError, one line, for what does not fit."""
     _check_numbers(model, request)
+    _check_arrays(request)
     inpaints, edits = _kind(model)
     _check_images(model, request, inpaints, edits)
-    size = width, height = _size(model, request)
+    width, height = size = _size(model, request)
     image, pixel_mask = _resized(request, width, height)
     mask = pixel_mask[:: model.factor, :: model.factor]
     if mask.size and not mask.any():
@@ -108,30 +113,25 @@ def plan(model: Model, request: Request) -> Plan:
         )
 
     schedule = read_schedule(model, request.sampler, request.karras)
-    if request.eta and schedule.sampler != "ddim":
-        raise UserError(f"eta belongs to the sampler ddim, not to {schedule.sampler}")
     start, from_noise = _start(request, edits)
-    grid = grids.grid(schedule, request.steps, start, request.eta)
-
     latent = (height // model.factor, width // model.factor, model.vae.config.latent_channels)
-    checked = Plan(
-        request,
-        schedule,
-        grid,
-        start,
-        from_noise,
-        size,
-        latent,
-        image,
-        mask,
-        pixel_mask,
-        [_text(model, prompt, request.negative) for prompt in request.prompts],
-        inpaints,
-        edits,
+    _check_latents(request, latent)
+    return Plan(
+        request=request,
+        schedule=schedule,
+        grid=grids.grid(schedule, request.steps, start, request.eta),
+        start=start,
+        from_noise=from_noise,
+        size=size,
+        latent_shape=latent,
+        image=image,
+        mask=mask,
+        pixel_mask=pixel_mask,
+        texts=[_text(model, prompt, request.negative) for prompt in request.prompts],
+        inpaints=inpaints,
+        edits=edits,
+        image_guidance=1.5 if request.image_guidance is None else request.image_guidance,
     )
-    if request.latents is not None:
-        _check_latents(request.latents, checked)
-    return checked
 
 
 def read_schedule(model: Model, sampler: str | None, karras: bool = False) -> Schedule:
@@ -152,11 +152,11 @@ def _check_numbers(model: Model, request: Request) -> None:
     if not r.prompts:
         raise UserError("no prompt is given; an empty one is written ''")
     for name in ("guidance", "image_guidance", "rescale", "eta"):
-        if not math.isfinite(getattr(r, name)):
+        if not math.isfinite(getattr(r, name) or 0):
             raise UserError(f"{name} = {getattr(r, name)} is not a finite number")
     ranges: tuple[tuple[str, float, float], ...] = (
         ("steps", 1, grids.MAX_STEPS),
-        ("count", 1, 2**31 - 1),
+        ("count", 1, MAX_IMAGES // len(r.prompts)),
         ("seed", 0, 2**32 - 1),
         ("clip_skip", 0, model.text_encoder.config.num_hidden_layers - 1),
         ("rescale", 0, 1),
@@ -164,6 +164,8 @@ def _check_numbers(model: Model, request: Request) -> None:
     )
     for name, low, high in ranges:
         value = getattr(r, name)
+        if name not in ("rescale", "eta") and not isinstance(value, int | np.integer):
+            raise UserError(f"{name} = {value!r} is not a whole number")
         if not low <= value <= high:
             raise UserError(f"{name} = {value} is not within {low} to {high}")
     if r.batch is not None and r.batch < 1:
@@ -173,6 +175,22 @@ def _check_numbers(model: Model, request: Request) -> None:
     first, last = r.guidance_interval
     if not 0 <= first < last <= 1:
         raise UserError(f"guidance_interval = {first},{last} is not 0 <= low < high <= 1")
+
+
+def _check_arrays(request: Request) -> None:
+    """What Python passes in must be what the docstring says: other arrays make wrong pictures."""
+    for name, kind, ndim, form in (
+        ("image", np.uint8, 3, "uint8 [H, W, 3]"),
+        ("mask", np.bool_, 2, "bool [H, W]"),
+        ("latents", np.float32, 4, "float32 [N, H/f, W/f, C]"),
+    ):
+        array = getattr(request, name)
+        if array is None:
+            continue
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"{name} is a {type(array).__name__}, not a numpy array {form}")
+        if array.dtype != kind or array.ndim != ndim or (name == "image" and array.shape[2] != 3):
+            raise UserError(f"{name} is {array.dtype} {list(array.shape)}, and must be {form}")
 
 
 def _kind(model: Model) -> tuple[bool, bool]:
@@ -191,6 +209,8 @@ def _check_images(model: Model, request: Request, inpaints: bool, edits: bool) -
         raise UserError(f"{model.name} is an inpainting model: it needs an image and a mask")
     if edits and request.image is None:
         raise UserError(f"{model.name} edits pictures: it needs an image")
+    if request.image_guidance is not None and not edits:
+        raise UserError(f"image_guidance has no effect: {model.name} does not edit pictures")
     if edits and request.mask is not None:
         raise UserError(f"{model.name} edits whole pictures: it takes no mask")
     if request.strength is not None and (request.image is None or edits):
@@ -203,7 +223,12 @@ def _check_images(model: Model, request: Request, inpaints: bool, edits: bool) -
 def _size(model: Model, request: Request) -> tuple[int, int]:
     f, image = model.factor, request.image
     if request.size is not None:
-        width, height = request.size
+        try:
+            width, height = map(operator.index, request.size)
+        except (TypeError, ValueError):
+            raise UserError(f"size {request.size!r} is not (width, height) in pixels") from None
+        if width * height > images.MAX_PIXELS:
+            raise UserError(f"size {width}x{height} is over {images.MAX_PIXELS:,} pixels")
         if width < f or height < f or width % f or height % f:
             near = f"{max(f, width // f * f)}x{max(f, height // f * f)}"
             raise UserError(f"size {width}x{height} is not divisible by {f}; {near} is")
@@ -244,15 +269,16 @@ def _text(model: Model, prompt: str, negative: str) -> tuple[np.ndarray, np.ndar
     return np.stack([ids for ids, _ in both]), np.stack([weights for _, weights in both])
 
 
-def _check_latents(latents: np.ndarray, checked: Plan) -> None:
-    counts = {1, checked.total}
-    wanted = [f"[{', '.join(map(str, (n, *checked.latent_shape)))}]" for n in sorted(counts)]
-    if latents.dtype != np.float32 or latents.shape not in {
-        (n, *checked.latent_shape) for n in counts
-    }:
+def _check_latents(request: Request, shape: tuple[int, int, int]) -> None:
+    latents = request.latents
+    if latents is None:
+        return
+    counts = sorted({1, len(request.prompts) * request.count})
+    if latents.shape not in [(n, *shape) for n in counts]:
+        wanted = " or ".join(str([n, *shape]) for n in counts)
         raise UserError(
-            f"latents are {latents.dtype} {list(latents.shape)}, and must be float32 "
-            f"{' or '.join(wanted)} (prompts x count, height / f, width / f, channels)"
+            f"latents are {list(latents.shape)}, and must be {wanted} "
+            "(prompts x count, height / f, width / f, channels)"
         )
     if not np.isfinite(latents).all():
         raise UserError("latents hold numbers that are not finite")
@@ -265,7 +291,5 @@ def _resized(request: Request, width: int, height: int) -> tuple[np.ndarray, np.
         image = images.resize(request.image, width, height)
         if request.mask is not None:
             images.check_mask(request.mask, request.image.shape[1::-1])
-            rows = np.arange(height) * request.mask.shape[0] // height
-            columns = np.arange(width) * request.mask.shape[1] // width
-            mask = request.mask[rows][:, columns]
+            mask = images.resize_mask(request.mask, width, height)
     return image, mask

@@ -7,7 +7,6 @@ that of one step, however many there are.
 """
 
 import sys
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +24,17 @@ def main(folder: str, prompt: str) -> None:
     plan = request.plan(model, asked)
     pictures = generate.Pictures()  # none: text to image
     mesh = sharding.data_mesh(1)
-    weights, inputs = generate.condition(model, params, plan, pictures, [0], mesh)
+    scales, inputs = generate.condition(model, params, plan, pictures, [0], mesh)
     grid = grids.grid(plan.schedule, asked.steps).points
 
     def brightness(noise: Array, params: Params) -> Array:
         cache = denoiser.prepare(model.unet, params, inputs)
         denoise = denoiser.bind(model.unet, params, cache)
-        guided = guidance.guide(denoise, weights.scales)
+        guided = guidance.guide(denoise, scales.scales)
         latents = samplers.unroll(samplers.ddim, guided, samplers.State(noise, ()), grid, None).x
         return model.vae.decode(params["vae"], latents).mean()
 
-    step = jax.jit(jax.value_and_grad(partial(brightness)))
+    step = jax.jit(jax.value_and_grad(brightness))
     noise, _ = generate.draw(np.uint32(0), np.arange(1, dtype=np.uint32), shape=plan.latent_shape)
     for i in range(5):
         value, slope = step(noise, params)

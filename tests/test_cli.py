@@ -224,7 +224,7 @@ BAD = {
     "latents of another kind": (
         lambda: np.save("noise.npy", np.zeros((1, 16, 16, 4), int)),
         ["tiny", "--latents", "noise.npy"],
-        "int64",
+        "latents is int64",
     ),
     "latents that are a picture": (None, ["tiny", "--latents", "photo.png"], "photo.png"),
     "pickled latents": (
@@ -242,7 +242,7 @@ BAD = {
         ["tiny", "--sampler", "euler_z"],
         "ddim, ddpm, euler, euler_a, dpmpp, pndm, lcm",
     ),
-    "eta of another sampler": (None, ["tiny", "--eta", "0.5"], "eta belongs to the sampler ddim"),
+    "eta of another sampler": (None, ["tiny", "--eta", "0.5"], "eta = 0.5 has no meaning for pndm"),
     "karras of another sampler": (None, ["tiny", "--karras"], "karras belongs to"),
     "no such branch": (None, ["tiny", "--control", "edges=photo.png"], "--control"),
     "no such branch, boxes": (None, ["tiny", "--box", "a fox@0,0,1,1"], "--box"),

@@ -41,14 +41,16 @@ def read_image(path: Path) -> np.ndarray:
         UserError: for a file that is missing, truncated, of no known format, or has more than
             `MAX_PIXELS`, which is seen before it is decoded.
     """
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
     try:
+        if not path.is_file():
+            raise UserError(f"no such file: {path}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # counted below
             file = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError:
         raise _too_large(path, f"over {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from None
+    except UserError:
+        raise
     except Exception as error:
         raise _unreadable(path, error) from None
     with file:
@@ -129,18 +131,12 @@ def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def resize_to_multiple(image: np.ndarray, f: int) -> np.ndarray:
-    """Resizes uint8 [H, W, 3] to [H - H % f, W - W % f, 3], as diffusers does.
-
-    Nothing is cropped; the picture is stretched by less than f pixels.
-
-    Raises:
-        UserError: for a picture narrower or lower than f.
-    """
-    height, width = image.shape[:2]
-    if min(height, width) < f:
-        raise UserError(f"the picture is {width}x{height}, and must be {f} pixels or more each way")
-    return resize(image, width - width % f, height - height % f)
+def resize_mask(mask: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Bool [H, W] -> bool [height, width], by Lanczos and a threshold, as diffusers does."""
+    if mask.shape == (height, width):
+        return mask
+    grey = Image.fromarray(mask.astype(np.uint8) * 255)
+    return np.asarray(grey.resize((width, height), Image.Resampling.LANCZOS)) >= 128
 
 
 def save_png(path: Path, image: np.ndarray, parameters: str) -> None:

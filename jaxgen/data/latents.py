@@ -28,6 +28,9 @@ def read_latents(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
             # Mapped, so that a header that promises too much allocates nothing.
             return np.array(np.load(path, mmap_mode="r", allow_pickle=False)), {}
         if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive_file:
+                if sum(member.file_size for member in archive_file.infolist()) > MAX_BYTES:
+                    raise UserError(f"{path} unpacks to more than {MAX_BYTES >> 20} MiB")
             with np.load(path, allow_pickle=False) as archive:
                 held = {name: archive[name] for name in archive.files}
             if "noise" not in held:
@@ -37,13 +40,14 @@ def read_latents(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         raise
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged or no file of latents: {error}") from None
     raise UserError(f"{path} is neither .npy (latents) nor .npz (a seed)")
 
 
 def check_settings(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """A seed shows what it was found for under its own settings alone; UserError names the rest."""
+    found = {k: Path(v).name if k == "model" else v for k, v in found.items()}
     wrong = [
         f"{name} {found[name]} (here {settings[name]})"
         for name in SETTINGS

@@ -53,14 +53,15 @@ def _attend_heads_first(q: Array, k: Array, v: Array, causal: bool = False) -> A
 
 def _softmax_product(q: Array, k: Array, v: Array, causal: bool = False) -> Array:
     """[B, N, T, D], [B, N, S, D] x2 -> [B, N, T, D]."""
-    scores = jnp.einsum("bntd,bnsd->bnts", q * (1 / math.sqrt(q.shape[-1])), k)
-    scores = at_least_float32(scores)
+    exact = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bntd,bnsd->bnts", q, k, preferred_element_type=exact)
     if causal:
         scores = jnp.where(
             jnp.tri(scores.shape[-2], scores.shape[-1], dtype=bool), scores, -jnp.inf
         )
+    largest = lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp((scores - largest) * (1 / math.sqrt(q.shape[-1])))
     # The division by the sum comes after the product with v: it is smaller by S / D.
-    weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)
     out = jnp.einsum("bnts,bnsd->bntd", weights.astype(v.dtype), v)
     return (out / total).astype(v.dtype)

@@ -13,8 +13,8 @@ def decode_tiled(decode: Callable[[Array], Array], z: Array, tile: int, factor: 
     """Decodes tiles of latents and cross-fades their overlaps linearly, as diffusers does.
 
     Args:
-        decode: [B, h, w, C] latents -> [B, factor h, factor w, 3]; jit it: at most four tile
-            shapes occur.
+        decode: [B, h, w, C] latents -> [B, factor h, factor w, 3]; jit it: the whole tiles have
+            one shape, those at the right and the bottom a few others.
         z: [B, H, W, C] latents.
         tile: side of a tile, in latents.
         factor: pixels along a latent's side.

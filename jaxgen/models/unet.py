@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from jaxgen import config
@@ -329,8 +328,3 @@ def _keys_values(params: Params, text: Array) -> Cache:
         elif isinstance(node, dict) and (inner := _keys_values(node, text)):
             cache[name] = inner
     return cache
-
-
-def shapes(init: Any) -> Params:
-    """The tree of shapes that `init(key)` would make, without making it."""
-    return jax.eval_shape(init, jax.random.key(0))

@@ -117,8 +117,8 @@ def open_folder(folder: Path, stem: str, variant: str = "") -> Tensors:
     Args:
         folder: e.g. `model/unet`.
         stem: file name without its suffix, e.g. `diffusion_pytorch_model`.
-        variant: e.g. `fp16`, for `stem.fp16.safetensors`. Without one, the only variant present
-            serves if there is no plain file.
+        variant: e.g. `fp16`, for `stem.fp16.safetensors`. Without one, and without a
+            plain file, fp16, bf16, non_ema and ema_only serve, in this order.
     """
     for name in [variant] if variant else ["", "fp16", "bf16", "non_ema", "ema_only"]:
         infix = f".{name}" if name else ""
@@ -152,7 +152,7 @@ def _open_shards(index: Path) -> Tensors:
     absent = [key for key, name in weight_map.items() if key not in shards[name]]
     if absent:
         raise UserError(f"{index} promises {len(absent)} tensors its shards lack: {absent[0]} ...")
-    return {key: shards[name][key] for key, name in weight_map.items()}
+    return {key: tensor for shard in shards.values() for key, tensor in shard.items()}
 
 
 def save_folder(

@@ -13,17 +13,32 @@ def is_id(ref: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", ref))
 
 
-def wanted(names: list[str]) -> list[str]:
-    """Of a repository's files those of a model folder: no single files, no second precision."""
+def wanted(names: list[str], variant: str = "") -> list[str]:
+    """Of a repository's files those of a model folder: no single files, one precision."""
     kept = [
         n for n in names if n == "model_index.json" or n.startswith(tuple(f"{p}/" for p in PARTS))
     ]
     kept = [n for n in kept if n.endswith((".json", ".txt", ".safetensors"))]
     plain = [re.sub(r"\.(fp16|bf16|non_ema|ema_only)(?=[.-])", "", n) for n in kept]
+    if variant:
+        chosen = {p for n, p in zip(kept, plain) if n != p and f".{variant}" in n}
+        return [n for n, p in zip(kept, plain) if p not in chosen or f".{variant}" in n]
     return [n for n, p in zip(kept, plain) if n == p or p not in kept]
 
 
-def fetch(ref: str) -> Path:
+def is_whole(folder: Path, variant: str = "") -> bool:
+    """Whether a cached folder is a model, not what an interrupted download or a tokenizer left."""
+    infix = f"*{variant}*" if variant else "*"
+    weights = (next((folder / p).glob(f"{infix}.safetensors"), None) for p in PARTS[:3])
+    files = (
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        *(f"{p}/config.json" for p in PARTS[:3]),
+    )
+    return all(weights) and all((folder / name).is_file() for name in files)
+
+
+def fetch(ref: str, variant: str = "") -> Path:
     """The local folder of a hub id, from the cache or downloaded.
 
     Raises:
@@ -33,12 +48,14 @@ def fetch(ref: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(hub.snapshot_download(ref, local_files_only=True))
+        folder = Path(hub.snapshot_download(ref, local_files_only=True))
+        if is_whole(folder, variant):
+            return folder
     except (LocalEntryNotFoundError, OSError, ValueError):
         pass
     try:
         siblings = hub.HfApi().model_info(ref, timeout=10).siblings or []
-        names = wanted([file.rfilename for file in siblings])
+        names = wanted([file.rfilename for file in siblings], variant)
         return Path(hub.snapshot_download(ref, allow_patterns=names))
     except Exception as error:  # the client's own errors are many, and each means the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

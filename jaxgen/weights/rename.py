@@ -51,7 +51,7 @@ def modern_vae(tensors: Tensors) -> Tensors:
             lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.",
             key,
         )
-        if ".attentions." in new and len(tensor.shape) == 4:
+        if ".attentions." in new and tensor.shape[2:] == (1, 1):
             tensor = tensor.squeezed()
         out[new] = tensor
     return out

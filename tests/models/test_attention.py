@@ -166,7 +166,7 @@ def test_transformer_matches_diffusers(depth, linear, upcast):
 
 
 @pytest.mark.parametrize("upcast", [False, True])
-def test_upcast_computes_scores_of_half_precision_in_float32(upcast):
+def test_scores_of_half_precision_are_float32(upcast):
     module = attention.SelfAttention(heads=2, upcast=upcast)
     x = jnp.zeros((1, 6, 8), jnp.bfloat16)
     params = trees.map_with_path(
@@ -176,4 +176,5 @@ def test_upcast_computes_scores_of_half_precision_in_float32(upcast):
     products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
     scores = [e for e in products if e.outvars[0].aval.shape == (1, 2, 6, 6)]
     assert [str(e.invars[0].aval.dtype) for e in scores] == ["float32" if upcast else "bfloat16"]
+    assert [str(e.outvars[0].aval.dtype) for e in scores] == ["float32"]
     assert jaxpr.out_avals[0].dtype == jnp.bfloat16
