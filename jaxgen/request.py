@@ -151,9 +151,14 @@ def _check_numbers(model: Model, request: Request) -> None:
     r = request
     if not r.prompts:
         raise UserError("no prompt is given; an empty one is written ''")
-    for name in ("guidance", "image_guidance", "rescale", "eta"):
-        if not math.isfinite(getattr(r, name) or 0):
-            raise UserError(f"{name} = {getattr(r, name)} is not a finite number")
+    for name in ("guidance", "image_guidance", "rescale", "eta", "strength"):
+        value = getattr(r, name)
+        try:
+            finite = math.isfinite(value or 0)
+        except TypeError:
+            finite = False
+        if not finite:
+            raise UserError(f"{name} = {value!r} is not a finite number")
     ranges: tuple[tuple[str, float, float], ...] = (
         ("steps", 1, grids.MAX_STEPS),
         ("count", 1, MAX_IMAGES // len(r.prompts)),
@@ -168,9 +173,9 @@ def _check_numbers(model: Model, request: Request) -> None:
             raise UserError(f"{name} = {value!r} is not a whole number")
         if not low <= value <= high:
             raise UserError(f"{name} = {value} is not within {low} to {high}")
-    if r.batch is not None and r.batch < 1:
-        raise UserError(f"batch = {r.batch} is not 1 or more")
-    if r.strength is not None and not 0 < r.strength <= 1:  # nan fails too
+    if r.batch is not None and not (isinstance(r.batch, int | np.integer) and r.batch >= 1):
+        raise UserError(f"batch = {r.batch!r} is not a whole number from 1")
+    if r.strength is not None and not 0 < r.strength <= 1:
         raise UserError(f"strength = {r.strength} is not above 0 and at most 1")
     first, last = r.guidance_interval
     if not 0 <= first < last <= 1:

@@ -1,18 +1,21 @@
 """The command: what it writes, and what it says of bad input."""
 
+import io
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxgen import cli
+from jaxgen import cli, generate
+from jaxgen.data import images, latents
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 
@@ -69,7 +72,7 @@ def test_a_folder_of_samples_is_a_training_folder(here, capsys):
     text = Image.open("out/00003.png").text["parameters"]
     assert text.startswith("an owl\nNegative prompt: blurry, grey\nSteps: 2, Sampler: PLMS,")
     assert "Seed: 7" in text
-    assert "Size: 64x64" in text
+    assert text.endswith("Size: 64x64, Model: tiny, Index: 1")  # what is at its default is left out
     assert Image.open("out/grid.png").size == (132, 132)
     assert "4 pictures are in out" in capsys.readouterr().out
 
@@ -85,12 +88,34 @@ def test_a_folder_in_use_is_added_to(here):
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", "🦊 in ❄️", "a\x00 fox\x1b[31m", " ".join(["a"] * 16 * 75)],
-    ids=["empty", "emoji", "control characters", "16 chunks"],
+    ["", "🦊 in ❄️", "a\x00 fox\x1b[31m", "a \udcff fox", " ".join(["a"] * 16 * 75)],
+    ids=["empty", "emoji", "control characters", "badly decoded", "16 chunks"],
 )
 def test_every_text_is_a_prompt(here, prompt):
     sample(prompt)
-    assert Path("out/00000.png").exists()
+    (row,) = map(json.loads, Path("out/samples.jsonl").read_text("utf-8").splitlines())
+    assert row["text"] == prompt.replace("\udcff", "?")
+    Image.open("out/00000.png").load()
+
+
+def test_a_picture_carries_the_settings_that_are_not_at_their_defaults(here, monkeypatch):
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    monkeypatch.setattr(generate, "run", lambda *args, **kwargs: iter([(0, grey)]))
+    sample(
+        *("a fox", "--sampler", "ddim", "--eta", "0.5", "--rescale", "0.3", "--clip-skip", "1"),
+        *("--guidance-interval", "0.2,0.8", "--image", "photo.png", "--mask", "mask.png"),
+        *("--strength", "0.5", "--dtype", "bf16"),
+    )
+    fields = Image.open("out/00000.png").text["parameters"].splitlines()[-1].split(", ")
+    assert {
+        "Eta: 0.5",
+        "Guidance rescale: 0.3",
+        "Clip skip: 2",  # counted from the end, from 1
+        "Guidance interval: 0.2 to 0.8",
+        "Denoising strength: 0.5",
+        "Mask: yes",
+        "Dtype: bf16",
+    } <= {*fields}
 
 
 def test_prompts_come_from_a_file_too(here):
@@ -100,8 +125,13 @@ def test_prompts_come_from_a_file_too(here):
     assert [row["text"] for row in rows] == ["a red boat", "a fox", "an owl"]
 
 
-def test_an_rgba_picture_stands_on_white(here, caplog):
+def transparent() -> None:
+    images._warn_once.cache_clear()
     Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save("clear.png")
+
+
+def test_an_rgba_picture_stands_on_white_as_is_said(here, capsys):
+    transparent()
     Image.new("RGB", (64, 64), "white").save("white.png")
     for name in ("clear", "white"):
         run(
@@ -109,6 +139,7 @@ def test_an_rgba_picture_stands_on_white(here, caplog):
             *("--model", "tiny", "--out", name),
         )
     assert np.array_equal(Image.open("clear/00000.png"), Image.open("white/00000.png"))
+    assert capsys.readouterr().err.count("jaxgen: transparent pictures are composited") == 1
 
 
 def test_latents_replace_the_seed_and_a_seed_file_replays(here):
@@ -155,6 +186,14 @@ def bomb() -> None:
     Image.new("1", (12000, 12000)).save("bomb.png")
 
 
+def boast() -> None:
+    header = io.BytesIO()
+    form = {"descr": "<f4", "fortran_order": False, "shape": (1 << 40, 16, 16, 4)}
+    np.lib.format.write_array_header_1_0(header, form)
+    with zipfile.ZipFile("boast.npz", "w") as file:
+        file.writestr("noise.npy", header.getvalue())
+
+
 UNET = "tiny/unet/diffusion_pytorch_model.safetensors"
 BAD = {
     "missing folder": (None, ["--model", "nowhere"], "nowhere"),
@@ -180,6 +219,12 @@ BAD = {
         ["tiny"],
         "FluxTransformer2DModel",
     ),
+    "no pipeline": (lambda: edit("tiny/model_index.json", _class_name=None), ["tiny"], "of None"),
+    "no scheduler": (
+        lambda: spoil("tiny/scheduler/scheduler_config.json", b"{}"),
+        ["tiny"],
+        "does not name its _class_name",
+    ),
     "unknown config field": (
         lambda: edit("tiny/unet/config.json", blok_out_channels=[1]),
         ["tiny"],
@@ -188,11 +233,29 @@ BAD = {
     "broken config": (lambda: spoil("tiny/vae/config.json", b"{"), ["tiny"], "vae/config.json"),
     "indivisible size": (None, ["tiny", "--size", "66x64"], "66x64 is not divisible by 4"),
     "size in words": (None, ["tiny", "--size", "big"], "WIDTHxHEIGHT"),
+    "size of terabytes": (None, ["tiny", "--size", "400000x400000"], "over 64,000,000 pixels"),
+    "too many images": (None, ["tiny", "--count", "2000000"], "count = 2000000"),
+    "model of an endless name": (None, ["--model", "x" * 300], "x" * 80),
+    **{
+        f"{name} of an endless name": (None, ["tiny", f"--{name}", "x" * 295 + ".npy"], "x" * 80)
+        for name in ("image", "mask", "latents", "prompts", "out")
+    },
     "no steps": (None, ["tiny", "--steps", "0"], "steps = 0"),
     "negative steps": (None, ["tiny", "--steps", "-3"], "steps = -3"),
     "too many steps": (None, ["tiny", "--steps", "1001"], "steps = 1001"),
     "strength 0": (None, ["tiny", "--image", "photo.png", "--strength", "0"], "strength = 0"),
     "strength 1.5": (None, ["tiny", "--image", "photo.png", "--strength", "1.5"], "strength = 1.5"),
+    "strength 2 of a transparent image": (
+        transparent,  # of which nothing is said then
+        ["tiny", "--image", "clear.png", "--strength", "2"],
+        "strength = 2",
+    ),
+    "image guidance without editing": (
+        None,
+        ["tiny", "--image", "photo.png", "--image-guidance", "2"],
+        "tiny does not edit pictures",
+    ),
+    "unknown prediction": (None, ["tiny", "--prediction", "eps"], "epsilon, v_prediction"),
     "strength without image": (None, ["tiny", "--strength", "0.5"], "strength"),
     "guidance nan": (None, ["tiny", "--guidance", "nan"], "guidance = nan"),
     "guidance inf": (None, ["tiny", "--guidance", "inf"], "guidance = inf"),
@@ -232,6 +295,7 @@ BAD = {
         ["tiny", "--latents", "noise.npy"],
         "noise.npy",
     ),
+    "latents that promise petabytes": (boast, ["tiny", "--latents", "boast.npz"], "boast.npz"),
     "a seed of another sampler": (
         lambda: np.savez("s.npz", noise=np.zeros((1, 16, 16, 4), np.float32), sampler="ddim"),
         ["tiny", "--latents", "s.npz"],
@@ -276,10 +340,38 @@ def test_bad_input_is_one_line_and_exit_code_2(here, capsys, case):
     assert not Path("samples").exists()  # nothing half-written
 
 
-def test_an_unwritable_folder_is_named(here, capsys):
-    Path("out").write_text("a file where the folder should be")
+def test_an_option_that_does_not_exist_is_named_once(here, capsys):
+    sample("a fox", "--stepz", "3", code=2)
+    assert capsys.readouterr().err.count("--stepz") == 1
+
+
+def test_a_seed_file_that_unpacks_to_too_much_is_not_unpacked(here, capsys, monkeypatch):
+    monkeypatch.setattr(latents, "MAX_BYTES", 1 << 20)
+    np.savez_compressed("seed.npz", noise=np.zeros(1 << 19, np.float32))
+    sample("a fox", "--latents", "seed.npz", code=2)
+    assert capsys.readouterr().err == "jaxgen: seed.npz unpacks to more than 1 MiB\n"
+
+
+def test_the_prediction_that_is_given_is_sampled_and_converted(here):
+    sample("a fox", "--sampler", "ddim")
+    sample("a fox", "--sampler", "ddim", "--prediction", "v_prediction")
+    assert not np.array_equal(Image.open("out/00000.png"), Image.open("out/00001.png"))
+    run("convert", "tiny", "copy", "--prediction", "v_prediction")
+    scheduler = json.loads(Path("copy/scheduler/scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize("name", ["out", "out/samples.jsonl"])
+def test_an_unwritable_folder_is_named(here, capsys, name):
+    if name == "out":
+        Path("out").write_text("a file where the folder should be")
+    else:
+        Path("out/samples.jsonl").mkdir(parents=True)
     sample("a fox", code=2)
-    assert "cannot write to out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("jaxgen: cannot write to out: ")
+    assert said.count("\n") == 1
+    assert not [*here.glob("out/*.png")]
 
 
 def test_a_hub_id_offline_says_what_to_do(here, capsys, monkeypatch):

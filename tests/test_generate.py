@@ -1,6 +1,7 @@
 """Finished images against diffusers', from the same weights, latents and noise."""
 
 import shutil
+from functools import partial
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -282,12 +283,19 @@ def test_every_output_is_the_same_picture(variant):
     assert_same(integers, (nhwc(decoded) / 2 + 0.5).clip(0, 1))
 
 
-def test_large_latents_are_decoded_in_tiles_as_diffusers_does(variant):
+def test_latents_above_a_number_are_decoded_in_tiles_as_diffusers_does(variant, monkeypatch):
     made = variant("plain")
     model, params = made.ours
-    z = RNG.normal(size=(1, 33, 40, 4)).astype(np.float32)  # more than four tiles of 16
-    actual = generate.finish(model, params, jax.numpy.asarray(z), "float")
+    z = RNG.normal(size=(1, 33, 40, 4)).astype(np.float32)  # four times the VAE's sample_size
+    finish = partial(generate.finish, model, params, jax.numpy.asarray(z), "float")
     whole = np.asarray(generate.decode(params["vae"], z, vae=model.vae))
+    for most in (generate.WHOLE, 33 * 40):
+        monkeypatch.setattr(generate, "WHOLE", most)
+        np.testing.assert_array_equal(finish(), whole)
+
+    monkeypatch.setattr(generate, "WHOLE", 33 * 40 - 1)
+    monkeypatch.setattr(generate, "TILE", 16)  # diffusers', for this VAE
+    actual = finish()
     vae = type(made.parts["vae"]).from_config(made.parts["vae"].config).eval()
     vae.load_state_dict(made.parts["vae"].state_dict())
     vae.enable_tiling()
@@ -296,3 +304,18 @@ def test_large_latents_are_decoded_in_tiles_as_diffusers_does(variant):
 
     assert error(actual, nhwc(expected)) <= 1e-5
     assert 0 < np.abs(actual - whole).mean() <= 0.1 * whole.std()  # but for the norms of each tile
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "mask"])
+def test_pictures_in_bf16_are_near_those_in_f32(variant, mode):
+    made = variant("plain")
+    settings = {"text": {}, "image": {"image": IMAGE}, "mask": {"image": IMAGE, "mask": MASK}}
+    model, params = made.ours
+    halves = jax.tree.map(lambda p: p.astype(jax.numpy.bfloat16), params)
+    whole, half = (
+        ours(SimpleNamespace(ours=(model, p)), sampler="ddim", output="float", **settings[mode])
+        for p in (params, halves)
+    )
+    assert half.dtype == np.float32
+    assert np.isfinite(half).all()
+    assert 0 < np.abs(half - whole).mean() <= 4 / 127.5  # grey levels; 2 are measured

@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 import jaxgen
-from jaxgen import sharding
-from jaxgen.load import place
+from jaxgen import sharding, trees
+from jaxgen.load import PREDICTIONS, place
 from jaxgen.types import UserError
 from jaxgen.weights.files import Tensor
 
@@ -60,6 +60,22 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(folder):
         "2 misshapen: conv_norm_out.weight is [2, 16] and should be [16]",
         "conv_out.weight is [3, 16, 3, 3] and should be [4, 16, 3, 3]",
     )
+
+
+def test_a_kernel_with_too_many_axes_is_misshapen(folder):
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    key = "decoder.mid_block.attentions.0.to_q.weight"  # 1x1 there, as in old files, is well
+    save_file(load_file(path) | {key: np.zeros((32, 32, 3, 3), np.float32)}, path)
+    refused(folder, f"vae does not fit its config; 1 misshapen: {key} is [32, 32, 3, 3]")
+
+
+def test_what_a_shard_holds_beside_its_index_is_unexpected(folder):
+    tensors, name = load_file(folder / UNET), "diffusion_pytorch_model-00001-of-00001.safetensors"
+    (folder / UNET).unlink()
+    save_file(tensors | {"spare.bias": np.zeros(3, np.float32)}, folder / "unet" / name)
+    index = json.dumps({"weight_map": dict.fromkeys(tensors, name)})
+    (folder / f"{UNET}.index.json").write_text(index)
+    refused(folder, "unet does not fit its config; 1 unexpected: spare.bias")
 
 
 def empty(folder):
@@ -112,6 +128,14 @@ DAMAGE = {
         lambda f: edit(f / "text_encoder" / "config.json", vocab_size=599),
         "the tokenizer knows 600 tokens, the text encoder 599",
     ),
+    "a longer tokenizer": (
+        lambda f: edit(f / "tokenizer" / "tokenizer_config.json", model_max_length=78),
+        "the tokenizer fills 78 places, the text encoder has 77",
+    ),
+    "no scheduler's name": (
+        lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name=None),
+        "does not name its _class_name",
+    ),
 }
 
 
@@ -129,8 +153,15 @@ def test_a_misspelt_folder_is_met_with_a_suggestion(folder):
 
 def test_arguments_out_of_range_are_named(folder):
     refused(TINY, "dtype 'f8' is not one of f32, bf16", dtype="f8")
+    refused(TINY, "prediction 'eps' is not one of epsilon, v_prediction", prediction="eps")
     refused(TINY, "has no diffusion_pytorch_model.fp16.safetensors", variant="fp16")
     refused(folder / "model_index.json", "not safetensors")
+
+
+@pytest.mark.parametrize("prediction", [None, *PREDICTIONS])
+def test_a_prediction_that_is_given_is_the_models(prediction):
+    model = jaxgen.load(TINY, prediction=prediction)[0]
+    assert model.scheduler["prediction_type"] == (prediction or "epsilon")
 
 
 def test_a_hub_id_without_a_network_is_an_error_of_one_line(monkeypatch, tmp_path):
@@ -158,14 +189,17 @@ def test_a_device_is_given_its_own_slice_and_nothing_else_is_read():
 
 def test_rules_say_how_parameters_lie_on_the_mesh():
     mesh = sharding.data_mesh(2)
-    rules = [(r"conv1/kernel", PartitionSpec(None, None, None, "data"))]
+    rules = [(r"^unet/.*conv1/kernel$", PartitionSpec(None, None, None, "data"))]
     params = jaxgen.load(TINY, mesh=mesh, rules=rules)[1]
     alone = jaxgen.load(TINY)[1]
     kernel = params["unet"]["down_blocks.0"]["resnets.0"]["conv1"]["kernel"]
     assert {s.data.shape for s in kernel.addressable_shards} == {(3, 3, 16, 8)}
-    bias = params["unet"]["conv_in"]["bias"]
-    assert len(bias.addressable_shards) == 2
-    assert bias.is_fully_replicated
+    leaves = trees.flatten(params)
+    assert {len(leaf.addressable_shards) for leaf in leaves.values()} == {2}
+    conv1 = {path for path in leaves if path.endswith("conv1/kernel")}
+    split = {path for path, leaf in leaves.items() if not leaf.is_fully_replicated}
+    assert split == {path for path in conv1 if path.startswith("unet/")}
+    assert any(path.startswith("vae/") for path in conv1)
     assert jax.tree.all(jax.tree.map(np.array_equal, params, alone))
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import jaxgen
+from jaxgen.generate import mesh_for
+from jaxgen.request import Request, plan
 from jaxgen.sharding import data_mesh
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -68,3 +70,11 @@ def test_seeds_differ_and_repeat(sample, alone):
 def test_meshes_have_the_devices_they_were_asked_for():
     assert len(jax.devices()) == 8
     assert [data_mesh(n).size for n in (1, 2, 8)] == [1, 2, 8]
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "devices"), [(1, None, 1), (5, 3, 3), (2, 6, 2), (20, None, 8), (20, 12, 8)]
+)
+def test_no_device_is_taken_that_has_nothing_to_do(tiny, count, batch, devices):
+    checked = plan(tiny[0], Request(prompts=[PROMPT], count=count, batch=batch))
+    assert mesh_for(checked).size == devices

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import jaxgen
 from jaxgen import trees
@@ -112,7 +113,10 @@ def test_a_single_file_becomes_a_folder_that_diffusers_reads(tmp_path):
         for key, shape in shapes.items()
     }
     save_file(values, tmp_path / "single.safetensors")
-    model, params = jaxgen.load(tmp_path / "single.safetensors")
+    single = tmp_path / "single.safetensors"
+    for prediction in ("v_prediction", "epsilon"):
+        model, params = jaxgen.load(single, prediction=prediction)
+        assert model.scheduler["prediction_type"] == prediction
     assert trees.size(params) == sum(v.numel() for v in values.values())
     jaxgen.save(model, params, tmp_path / "out")
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False)
@@ -120,6 +124,23 @@ def test_a_single_file_becomes_a_folder_that_diffusers_reads(tmp_path):
     assert torch.equal(pipe.unet.conv_in.weight.data, conv_in)
     again = jaxgen.load(tmp_path / "out")[1]
     assert jax.tree.all(jax.tree.map(np.array_equal, params, again))
+
+
+def test_a_projecting_text_encoder_stays_one(folder, tmp_path):
+    config = CLIPTextConfig.from_pretrained(TINY / "text_encoder", projection_dim=24)
+    theirs = CLIPTextModelWithProjection(config).eval()
+    theirs.save_pretrained(folder / "text_encoder")
+    model, params = jaxgen.load(folder)
+    jaxgen.save(model, params, tmp_path / "out")
+
+    again, params_again = jaxgen.load(tmp_path / "out")
+    assert again.text_encoder == model.text_encoder
+    assert jax.tree.all(jax.tree.map(np.array_equal, params_again, params))
+    saved = CLIPTextModelWithProjection.from_pretrained(tmp_path / "out" / "text_encoder").eval()
+    equal(saved.state_dict(), theirs.state_dict())
+    ids = torch.arange(77)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(saved(ids).text_embeds, theirs(ids).text_embeds)
 
 
 def test_save_refuses_a_place_that_holds_something(folder, tmp_path):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxgen.models import winograd
 from jaxgen.types import Array, Params, at_least_float32
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -63,8 +64,11 @@ def convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     size, _, inputs, _ = kernel.shape
     if size == 1 and stride == 1:
         return x @ kernel[0, 0]
-    if jax.default_backend() == "cpu" and _wide_and_small(x, inputs):
-        return _convolve_patches(x, kernel, stride, padding)
+    if jax.default_backend() == "cpu":
+        if (size, stride, padding) == (3, 1, winograd.SAME) and winograd.pays(x, kernel):
+            return winograd.convolve(x, kernel)
+        if _wide_and_small(x, inputs):
+            return _convolve_patches(x, kernel, stride, padding)
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )

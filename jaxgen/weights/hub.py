@@ -20,10 +20,12 @@ def wanted(names: list[str], variant: str = "") -> list[str]:
     ]
     kept = [n for n in kept if n.endswith((".json", ".txt", ".safetensors"))]
     plain = [re.sub(r"\.(fp16|bf16|non_ema|ema_only)(?=[.-])", "", n) for n in kept]
-    if variant:
-        chosen = {p for n, p in zip(kept, plain) if n != p and f".{variant}" in n}
-        return [n for n, p in zip(kept, plain) if p not in chosen or f".{variant}" in n]
-    return [n for n, p in zip(kept, plain) if n == p or p not in kept]
+    chosen = {p for n, p in zip(kept, plain) if variant and n != p and f".{variant}" in n}
+    return [
+        n
+        for n, p in zip(kept, plain)
+        if (f".{variant}" in n if p in chosen else n == p or p not in kept)
+    ]
 
 
 def is_whole(folder: Path, variant: str = "") -> bool:

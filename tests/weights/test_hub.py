@@ -1,12 +1,17 @@
 """The hub without a network: what is asked of it, and what is said when it does not answer."""
 
+import shutil
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 
 from jaxgen.types import UserError
 from jaxgen.weights import hub
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny"
 
 
 @pytest.fixture
@@ -46,13 +51,37 @@ def test_the_offline_mode_of_the_client_is_obeyed_at_once(monkeypatch, tmp_path)
     offline_error("someone/something")
 
 
-def test_what_the_cache_holds_is_not_asked_for(monkeypatch, tmp_path):
+def test_a_whole_model_in_the_cache_is_not_asked_for(monkeypatch):
     def cached(ref, local_files_only=False, **kwargs):
         assert local_files_only
-        return str(tmp_path)
+        return str(TINY)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
-    assert hub.fetch("someone/something") == tmp_path
+    assert hub.fetch("someone/something") == TINY
+
+
+@pytest.mark.parametrize("absent", ["all but the tokenizer", "unet/*.safetensors", "vae/config*"])
+def test_a_part_of_a_model_in_the_cache_is_completed(monkeypatch, tmp_path, absent):
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    if absent == "all but the tokenizer":
+        (folder / "model_index.json").unlink()
+        for part in ("unet", "vae", "text_encoder", "scheduler"):
+            shutil.rmtree(folder / part)
+    for path in folder.glob(absent):
+        path.unlink()
+    names = [str(path.relative_to(TINY)) for path in TINY.rglob("*.*")]
+    asked = []
+
+    def download(ref, local_files_only=False, allow_patterns=()):
+        asked.append(sorted(allow_patterns))
+        return str(folder if local_files_only else TINY)
+
+    siblings = [SimpleNamespace(rfilename=name) for name in [*names, "README.md"]]
+    info = SimpleNamespace(siblings=siblings)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **kwargs: info)
+    assert hub.fetch("someone/something") == TINY
+    assert asked == [[], sorted(names)]
 
 
 @pytest.mark.parametrize(
@@ -95,3 +124,22 @@ def test_of_a_repository_only_one_precision_of_a_model_folder_is_wanted():
         "vae/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
     ]
     assert sorted(hub.wanted(kept + refused)) == sorted(kept)
+
+
+def test_a_variant_is_wanted_where_there_is_one_and_the_plain_file_elsewhere():
+    unet = "unet/diffusion_pytorch_model"
+    kept = [
+        "model_index.json",
+        "unet/config.json",
+        f"{unet}.fp16-00001-of-00002.safetensors",
+        f"{unet}.safetensors.index.fp16.json",
+        "text_encoder/model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",  # all there is in half precision
+    ]
+    refused = [
+        f"{unet}-00001-of-00002.safetensors",
+        f"{unet}.safetensors.index.json",
+        "text_encoder/model.safetensors",
+        "vae/diffusion_pytorch_model.non_ema.safetensors",
+    ]
+    assert sorted(hub.wanted(kept + refused, "fp16")) == sorted(kept)

@@ -1,0 +1,66 @@
+"""What Python passes in is checked on the host: one line, and nothing compiles."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxgen
+from jaxgen.types import UserError
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+IMAGE = np.zeros((64, 64, 3), np.uint8)
+MASK = np.ones((64, 64), bool)
+LATENTS = np.zeros((1, 16, 16, 4), np.float32)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return jaxgen.load(TINY)
+
+
+BAD = {
+    "a float image": ({"image": IMAGE / 255}, "image is float64 [64, 64, 3], and must be uint8"),
+    "a grey image": ({"image": IMAGE[..., 0]}, "image is uint8 [64, 64], and must be"),
+    "an RGBA image": ({"image": IMAGE[..., [0, 1, 2, 0]]}, "image is uint8 [64, 64, 4]"),
+    "a path for an image": ({"image": "photo.png"}, "image is a str, not a numpy array"),
+    "an image too small": ({"image": IMAGE[:3]}, "the image is 64x3 and needs 4 pixels"),
+    "a mask of bytes": ({"image": IMAGE, "mask": MASK.astype(np.uint8)}, "mask is uint8"),
+    "a mask that vanishes": (
+        {"image": IMAGE, "mask": np.pad(MASK[:1, :1], (2, 61))},
+        "smaller than 4 pixels",
+    ),
+    "latents in a list": ({"latents": LATENTS.tolist()}, "latents is a list, not a numpy array"),
+    "latents in float64": ({"latents": LATENTS.astype(float)}, "latents is float64"),
+    "latents of nan": ({"latents": LATENTS * np.nan}, "not finite"),
+    "two latents for one": ({"latents": LATENTS[[0, 0]]}, "must be [1, 16, 16, 4]"),
+    "a size in a string": ({"size": "64x64"}, "size '64x64' is not (width, height)"),
+    "a size of fractions": ({"size": (64.0, 64.0)}, "size (64.0, 64.0) is not"),
+    "a huge size": ({"size": (400_000, 400_000)}, "is over 64,000,000 pixels"),
+    "steps of a fraction": ({"steps": 2.5}, "steps = 2.5 is not a whole number"),
+    "a seed of a fraction": ({"seed": 1.5}, "seed = 1.5 is not a whole number"),
+    "a batch of a fraction": ({"batch": 1.5}, "batch = 1.5 is not a whole number"),
+    "an empty batch": ({"batch": 0}, "batch = 0 is not"),
+    "guidance in words": ({"guidance": "7"}, "guidance = '7' is not a finite number"),
+    "strength in words": ({"image": IMAGE, "strength": "1"}, "strength = '1' is not a finite"),
+    "strength nan": ({"image": IMAGE, "strength": np.nan}, "strength = nan is not a finite"),
+    "no prompts": ({"prompts": []}, "no prompt is given"),
+    "another output": ({"output": "png"}, "output 'png' is not uint8, float or latents"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_arguments_of_another_kind_are_named_before_anything_compiles(case, tiny):
+    settings, words = BAD[case]
+    events = []
+    listen = lambda name, *args, **kwargs: events.append(name)  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with pytest.raises(UserError) as error:
+            jaxgen.sample(*tiny, **{"prompts": "a fox"} | settings)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not events
