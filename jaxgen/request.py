@@ -177,7 +177,10 @@ def _check_numbers(model: Model, request: Request) -> None:
         raise UserError(f"batch = {r.batch!r} is not a whole number from 1")
     if r.strength is not None and not 0 < r.strength <= 1:
         raise UserError(f"strength = {r.strength} is not above 0 and at most 1")
-    first, last = r.guidance_interval
+    try:
+        first, last = map(float, r.guidance_interval)
+    except (TypeError, ValueError):
+        raise UserError(f"guidance_interval = {r.guidance_interval!r} is not two numbers") from None
     if not 0 <= first < last <= 1:
         raise UserError(f"guidance_interval = {first},{last} is not 0 <= low < high <= 1")
 

@@ -5,6 +5,7 @@ Several minutes on two cores, 12 GB of memory and 6 GB of disk: `make test-slow`
 
 import gc
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,15 @@ from tests.test_load import MEASURE
 from tests.torch_oracle import error, nhwc, randomise
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def every_thread():
+    """For torch, which `torch_oracle` holds to one thread."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
+
 
 PROMPT = "a photograph of an astronaut riding a horse"
 STEPS, TIME = 2, 501

@@ -80,15 +80,6 @@ def variant(tmp_path_factory):
     return get
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For torch, whose threads spin for XLA's cores where there are few."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def theirs(variant, monkeypatch):
     """theirs(name, prompt, **our settings) -> diffusers' images, float [B, H, W, 3] in 0 to 1."""

@@ -14,6 +14,9 @@ from jaxgen.weights import rename
 # For what runs once and is tiny: the same program, of which the compiler makes less.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
+# Idle threads of torch spin, and take the cores from XLA's: one will do for tiny models.
+torch.set_num_threads(1)
+
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Every parameter random, scaled so that activations stay near 1: no rename can hide."""

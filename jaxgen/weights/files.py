@@ -117,8 +117,8 @@ def open_folder(folder: Path, stem: str, variant: str = "") -> Tensors:
     Args:
         folder: e.g. `model/unet`.
         stem: file name without its suffix, e.g. `diffusion_pytorch_model`.
-        variant: e.g. `fp16`, for `stem.fp16.safetensors`. Without one, and without a
-            plain file, fp16, bf16, non_ema and ema_only serve, in this order.
+        variant: e.g. `fp16`, for `stem.fp16.safetensors`. Without one, and without a plain file,
+            fp16, bf16, non_ema and ema_only serve, in this order.
     """
     for name in [variant] if variant else ["", "fp16", "bf16", "non_ema", "ema_only"]:
         infix = f".{name}" if name else ""

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from jaxgen.config import read_json
 from jaxgen.types import UserError
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -30,14 +31,15 @@ def wanted(names: list[str], variant: str = "") -> list[str]:
 
 def is_whole(folder: Path, variant: str = "") -> bool:
     """Whether a cached folder is a model, not what an interrupted download or a tokenizer left."""
-    infix = f"*{variant}*" if variant else "*"
-    weights = (next((folder / p).glob(f"{infix}.safetensors"), None) for p in PARTS[:3])
-    files = (
-        "model_index.json",
-        "scheduler/scheduler_config.json",
-        *(f"{p}/config.json" for p in PARTS[:3]),
-    )
-    return all(weights) and all((folder / name).is_file() for name in files)
+    needed = ["model_index.json", "scheduler/scheduler_config.json"]
+    needed += [f"{part}/config.json" for part in PARTS[:3]]
+    for index in folder.glob("*/*.safetensors.index*.json"):
+        shards = set(read_json(index).get("weight_map", {}).values())
+        needed += [f"{index.parent.name}/{shard}" for shard in shards]
+    pattern = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+    weights = [any((folder / part).glob(pattern)) for part in PARTS[:3]]
+    words = [(folder / "tokenizer" / name).is_file() for name in ("vocab.json", "tokenizer.json")]
+    return all(weights) and any(words) and all((folder / name).is_file() for name in needed)
 
 
 def fetch(ref: str, variant: str = "") -> Path:
