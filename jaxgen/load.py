@@ -115,7 +115,7 @@ def open_model(
     tensors = {}
     for name in PARTS:
         tensors[name] = rename.by_path(released[name])
-        expected = jax.eval_shape(getattr(model, name).init, jax.random.key(0))
+        expected = trees.shapes(getattr(model, name).init)
         files.report(_keys(trees.flatten(expected)), _keys(tensors[name]), f"{ref}: {name}")
     return dataclasses.replace(model, name=str(ref)), tensors
 

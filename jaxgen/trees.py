@@ -41,3 +41,8 @@ def map_with_path(f: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> Para
 def size(tree: Any) -> int:
     """Number of parameters; leaves may be shapes."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def shapes(init: Callable[[Any], Params]) -> Params:
+    """The tree of shapes that `init(key)` would make, without making it."""
+    return jax.eval_shape(init, jax.random.key(0))

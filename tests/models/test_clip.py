@@ -13,8 +13,7 @@ from transformers import (
 )
 
 from jaxgen.models.clip import TextEncoder, VisionEncoder
-from jaxgen.models.unet import shapes
-from jaxgen.trees import size
+from jaxgen.trees import shapes, size
 from jaxgen.types import UserError
 from tests.torch_oracle import error, nhwc, params_of, quick_jit, randomise
 

@@ -10,8 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from jaxgen.models.layers import sinusoids
-from jaxgen.models.unet import UNet, shapes
-from jaxgen.trees import flatten, map_with_path
+from jaxgen.models.unet import UNet
+from jaxgen.trees import flatten, map_with_path, shapes
 from jaxgen.types import Inputs
 from tests.torch_oracle import error, nhwc, params_of, quick_jit, randomise
 

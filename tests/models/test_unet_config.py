@@ -5,8 +5,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from jaxgen.models.unet import UNet, shapes
-from jaxgen.trees import size
+from jaxgen.models.unet import UNet
+from jaxgen.trees import shapes, size
 from jaxgen.types import UserError
 
 # methods.md 1.2: the published configs, and their measured numbers of parameters and tensors.

@@ -10,9 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from jaxgen.models.tiling import decode_tiled
-from jaxgen.models.unet import shapes
 from jaxgen.models.vae import VAE
-from jaxgen.trees import size
+from jaxgen.trees import shapes, size
 from jaxgen.types import UserError
 from tests.torch_oracle import error, nhwc, params_of, quick_jit, randomise
 
