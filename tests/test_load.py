@@ -231,7 +231,7 @@ MEASURE = """
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_loading_takes_little_more_memory_than_the_weights(folder):
     config = folder / "unet" / "config.json"
-    edit(config, block_out_channels=[160, 640])  # 240 MB
+    edit(config, block_out_channels=[256, 1024])  # 610 MB: of less, a compiler's 100 MB are much
     with torch.device("meta"):
         shapes = UNet2DConditionModel.from_config(json.loads(config.read_text())).state_dict()
     save_file({k: np.ones(v.shape, np.float32) for k, v in shapes.items()}, folder / UNET)

@@ -1,0 +1,82 @@
+"""The forms of attention and convolution at Stable Diffusion's shapes, and the machine's peak.
+
+    python benchmarks/kernels.py
+
+Float32 on CPU. GFLOP/s count the products of the plain algorithm, so that forms compare by time.
+"""
+
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxgen.models import attention, layers, winograd
+from jaxgen.types import Array
+
+CONVOLUTIONS = (  # batch, side, inputs, outputs
+    (2, 64, 320, 320),
+    (2, 32, 640, 640),
+    (2, 16, 1280, 1280),
+    (2, 8, 1280, 1280),
+    (1, 128, 512, 512),
+    (1, 256, 256, 256),
+)
+ATTENTIONS = ((4096, 40), (1024, 80))  # tokens, width of a head
+
+
+def random(*shape: int) -> Array:
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
+
+
+def seconds(f: Callable, *args: Array, runs: int = 5) -> float:
+    """The fastest of some runs, compiled before."""
+    program = jax.jit(lambda *a: f(*a))
+    program(*args).block_until_ready()
+    taken = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        program(*args).block_until_ready()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def plain(x: Array, kernel: Array) -> Array:
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), winograd.SAME, dimension_numbers=winograd.DIMENSIONS
+    )
+
+
+def patches(x: Array, kernel: Array) -> Array:
+    return layers._convolve_patches(x, kernel, 1, winograd.SAME)
+
+
+def main() -> None:
+    a, b = random(4096, 4096), random(4096, 4096)
+    print(f"matrix product 4096^3: {2 * 4096**3 / seconds(jnp.matmul, a, b) / 1e9:.0f} GFLOP/s\n")
+
+    print("| 3x3 convolution | plain | patches | Winograd | chosen |\n|---|---|---|---|---|")
+    for batch, side, inputs, outputs in CONVOLUTIONS:
+        x, kernel = random(batch, side, side, inputs), random(3, 3, inputs, outputs)
+        work = 2 * batch * side * side * 9 * inputs * outputs / 1e9
+        forms = (plain, patches, winograd.convolve)
+        speeds = " | ".join(f"{work / seconds(f, x, kernel):.0f}" for f in forms)
+        chosen = "plain"
+        if winograd.pays(x, kernel):
+            chosen = "Winograd"
+        elif layers._wide_and_small(x, inputs):
+            chosen = "patches"
+        print(f"| {batch}x{side}x{side}, {inputs} to {outputs} | {speeds} | {chosen} |", flush=True)
+
+    print("\n| attention, batch 2, 8 heads | all heads at once | as run |\n|---|---|---|")
+    for tokens, width in ATTENTIONS:
+        q, k, v = (random(2, tokens, 8, width) for _ in range(3))
+        whole = seconds(attention._attend_heads_first, q, k, v)
+        ours = seconds(attention._attend_chunked, q, k, v)
+        print(f"| {tokens} tokens, {width} wide | {whole * 1e3:.0f} ms | {ours * 1e3:.0f} ms |")
+
+
+if __name__ == "__main__":
+    main()
