@@ -27,7 +27,7 @@ def pays(x: Array, kernel: Array) -> bool:
     even = height % 2 == 0 and width % 2 == 0
     wide = inputs >= 256 and kernel.shape[-1] >= 256
     exact = x.dtype in (jnp.float32, jnp.float64) and x.dtype == kernel.dtype
-    return even and wide and exact and batch * height * width >= 2048
+    return even and wide and exact and batch * height * width >= 4096
 
 
 @jax.custom_jvp
