@@ -21,7 +21,7 @@ class Request:
     """Everything that decides the pictures, beside the model. The command's options, by name.
 
     Image i of a prompt depends on its prompt, these settings and (seed, i), and on nothing else:
-    not on the batch, the devices, or the other prompts.
+    not on the batch, the devices, or the other prompts (in float32, within one grey level).
 
     Attributes:
         prompts: one or more; `(text:1.3)` weighs, `\\(` escapes.
