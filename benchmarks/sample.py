@@ -89,7 +89,9 @@ def make_folder(folder: Path) -> Path:
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text),
-        tokenizer=CLIPTokenizer(str(CLIP / "vocab.json"), str(CLIP / "merges.txt")),
+        tokenizer=CLIPTokenizer(
+            str(CLIP / "vocab.json"), str(CLIP / "merges.txt"), model_max_length=77
+        ),
         unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
         scheduler=scheduler,
         safety_checker=None,
