@@ -3,9 +3,10 @@
     python benchmarks/sample.py                # full-size SD 1.5 with random weights, 512x512
     python benchmarks/sample.py --runs 3 --parts unet vae
 
-UNet, VAE and image are measured in pairs (PyTorch, then jaxgen, in turn) whose medians are compared,
-so that a busy machine slows both; memory and whole commands are one process each. Needs the `test` extra, 16 GB of memory and 5 GB of disk. On a GPU
-both sides run in bfloat16, PyTorch under torch.compile. Prints Markdown for benchmarks/README.md.
+UNet, VAE and image are measured in pairs (PyTorch, then jaxgen, in turn) whose medians count, so
+that a busy machine slows both; memory and whole commands are one process each. Needs the `test`
+extra, 16 GB of memory and 5 GB of disk. On a GPU both sides run in bfloat16, PyTorch under
+torch.compile. Prints Markdown for benchmarks/README.md.
 """
 
 import os
