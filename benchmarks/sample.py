@@ -234,7 +234,7 @@ def memory(folder: Path) -> list[tuple[str, float, float]]:
     with tempfile.TemporaryDirectory() as scratch:
         watcher = Path(scratch) / "watch.py"
         watcher.write_text(WATCHED)
-        for name, code in (("torch.py", TORCH_IMAGE), ("ours.py", OURS_IMAGE)):
+        for name, code in (("theirs.py", TORCH_IMAGE), ("ours.py", OURS_IMAGE)):
             script = Path(scratch) / name
             script.write_text(code)
             command = [
