@@ -24,6 +24,14 @@ CONVOLUTIONS = (  # batch, side, inputs, outputs
     (1, 128, 512, 512),
     (1, 256, 256, 256),
 )
+DOUBLINGS = (  # batch, side before, channels
+    (2, 8, 1280),
+    (2, 16, 1280),
+    (2, 32, 640),
+    (1, 128, 512),
+    (1, 256, 256),
+)
+FEEDS = ((4096, 320), (1024, 640), (256, 1280))  # tokens, channels
 ATTENTIONS = ((4096, 40), (1024, 80))  # tokens, width of a head
 
 
@@ -43,7 +51,9 @@ def seconds(f: Callable, *args: Array, runs: int = 5) -> float:
     return min(taken)
 
 
-def plain(x: Array, kernel: Array) -> Array:
+def plain(x: Array, kernel: Array, doubled: bool = False) -> Array:
+    if doubled:
+        x = layers.resize_nearest(x, 2 * x.shape[1], 2 * x.shape[2])
     return lax.conv_general_dilated(
         x, kernel, (1, 1), winograd.SAME, dimension_numbers=winograd.DIMENSIONS
     )
@@ -66,9 +76,30 @@ def main() -> None:
         chosen = "plain"
         if winograd.pays(x, kernel):
             chosen = "Winograd"
-        elif layers._wide_and_small(x, inputs):
+        elif layers._wide_and_small(x):
             chosen = "patches"
         print(f"| {batch}x{side}x{side}, {inputs} to {outputs} | {speeds} | {chosen} |", flush=True)
+
+    print("\n| 3x3 convolution of a doubled image | plain | Winograd |\n|---|---|---|")
+    for batch, side, channels in DOUBLINGS:
+        x, kernel = random(batch, side, side, channels), random(3, 3, channels, channels)
+        work = 2 * batch * (2 * side) ** 2 * 9 * channels**2 / 1e9
+        speeds = " | ".join(
+            f"{work / seconds(lambda *a, f=f: f(*a, True), x, kernel):.0f}"
+            for f in (plain, winograd.convolve)
+        )
+        print(f"| {batch}x{side}x{side}, {channels} channels | {speeds} |", flush=True)
+
+    print("\n| feed-forward, batch 2 | at once | as run |\n|---|---|---|")
+    network = attention.FeedForward()
+    for tokens, channels in FEEDS:
+        x = random(2, tokens, channels)
+        params = network.init(jax.random.key(0), x)
+        ours = seconds(network.apply, params, x)
+        kept, attention.FEATURES = attention.FEATURES, 2**40
+        whole = seconds(network.apply, params, x)
+        attention.FEATURES = kept
+        print(f"| {tokens} tokens, {channels} wide | {whole * 1e3:.0f} ms | {ours * 1e3:.0f} ms |")
 
     print("\n| attention, batch 2, 8 heads | all heads at once | as run |\n|---|---|---|")
     for tokens, width in ATTENTIONS:

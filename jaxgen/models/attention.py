@@ -10,8 +10,12 @@ from jax import lax
 from jaxgen.models.layers import Conv, Dense, GroupNorm, LayerNorm
 from jaxgen.types import Array, at_least_float32
 
-SCORES = 2**20  # scores of one head held at a time; more are computed in blocks of queries
+WHOLE = 2**20  # scores of one head that are held at once; more are computed in blocks of queries
+SCORES = 2**21  # and so many of them at a time
 MIN_ROWS = 128  # queries of a block at least
+
+FEATURES = 2**21  # of a feed-forward layer at a time, on a CPU
+FEED_ROWS = 400  # tokens of such a block at least
 
 
 def attend(q: Array, k: Array, v: Array, heads: int, causal: bool = False) -> Array:
@@ -29,7 +33,7 @@ def attend(q: Array, k: Array, v: Array, heads: int, causal: bool = False) -> Ar
     q, k, v = split(q), split(k), split(v)
     if _cudnn_runs(q, k):
         out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-    elif q.shape[1] * k.shape[1] < SCORES or causal:
+    elif q.shape[1] * k.shape[1] < WHOLE or causal:
         out = _attend_heads_first(q, k, v, causal)
     else:
         out = _attend_chunked(q, k, v)
@@ -52,9 +56,9 @@ def _attend_heads_first(q: Array, k: Array, v: Array, causal: bool = False) -> A
 
 
 def _softmax_product(q: Array, k: Array, v: Array, causal: bool = False) -> Array:
-    """[B, N, T, D], [B, N, S, D] x2 -> [B, N, T, D]."""
+    """[..., T, D], [..., S, D] x2 -> [..., T, D]."""
     exact = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bntd,bnsd->bnts", q, k, preferred_element_type=exact)
+    scores = jnp.einsum("...td,...sd->...ts", q, k, preferred_element_type=exact)
     if causal:
         scores = jnp.where(
             jnp.tri(scores.shape[-2], scores.shape[-1], dtype=bool), scores, -jnp.inf
@@ -63,34 +67,40 @@ def _softmax_product(q: Array, k: Array, v: Array, causal: bool = False) -> Arra
     weights = jnp.exp((scores - largest) * (1 / math.sqrt(q.shape[-1])))
     # The division by the sum comes after the product with v: it is smaller by S / D.
     total = weights.sum(-1, keepdims=True)
-    out = jnp.einsum("bnts,bnsd->bntd", weights.astype(v.dtype), v)
+    out = jnp.einsum("...ts,...sd->...td", weights.astype(v.dtype), v)
     return (out / total).astype(v.dtype)
 
 
 def _attend_chunked(q: Array, k: Array, v: Array) -> Array:
-    """The same by blocks of queries, recomputed in the backward pass: T x S never exists.
-
-    On a CPU one head at a time, so that a block's scores stay in the cache: three times as fast.
-    The batch is never looped over, since it may be spread over devices.
-    """
+    """The same by blocks of queries, recomputed in the backward pass: T x S never exists."""
     batch, length, heads, width = q.shape
-    together = 1 if jax.default_backend() == "cpu" else heads
-    rows = min(length, max(MIN_ROWS, SCORES // k.shape[1]))
+    together = _together(batch, heads)
+    rows = min(length, max(MIN_ROWS, SCORES // (k.shape[1] * together)))
     blocks = -(-length // rows)
 
-    def grouped(x: Array) -> Array:  # [B, T, N, D] -> [N / together, B, together, T, D]
-        x = x.reshape(batch, x.shape[1], heads // together, together, width)
-        return x.transpose(2, 0, 3, 1, 4)
+    def grouped(x: Array) -> Array:  # [B, T, N, D] -> [N * B / together, together, T, D]
+        return x.transpose(2, 0, 1, 3).reshape(-1, together, x.shape[1], width)
 
     def attend_group(group: tuple[Array, Array, Array]) -> Array:
         q, k, v = group
-        q = jnp.pad(q, ((0, 0), (0, 0), (0, blocks * rows - length), (0, 0)))
-        q = jnp.moveaxis(q.reshape(batch, together, blocks, rows, width), 2, 0)
+        q = jnp.pad(q, ((0, 0), (0, blocks * rows - length), (0, 0)))
+        q = jnp.moveaxis(q.reshape(together, blocks, rows, width), 1, 0)
         out = lax.map(jax.checkpoint(lambda block: _softmax_product(block, k, v)), q)
-        return jnp.moveaxis(out, 0, 2).reshape(batch, together, blocks * rows, width)[:, :, :length]
+        return jnp.moveaxis(out, 0, 1).reshape(together, blocks * rows, width)[:, :length]
 
     out = lax.map(attend_group, (grouped(q), grouped(k), grouped(v)))
-    return out.transpose(1, 3, 0, 2, 4).reshape(batch, length, heads, width)
+    return out.reshape(heads, batch, length, width).transpose(1, 2, 0, 3)
+
+
+def _together(batch: int, heads: int) -> int:
+    """Heads of images that are computed at once.
+
+    On a CPU one at a time, so that a block's scores stay in the cache: three times as fast. A batch
+    that may be spread over devices is not looped over, since they would wait for each other.
+    """
+    if jax.default_backend() != "cpu":
+        return batch * heads
+    return 1 if jax.device_count() == 1 else batch
 
 
 class SelfAttention(nn.Module):
@@ -165,8 +175,27 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, T, C] -> [B, T, C]."""
+        batch, length, width = x.shape
+        blocks = _feed_blocks(batch, length, width)
+        if blocks == 1 or self.is_initializing():
+            return self._feed(x)
+        rows = -(-length // blocks)
+        x = jnp.pad(x, ((0, 0), (0, blocks * rows - length), (0, 0)))
+        x = jnp.moveaxis(x.reshape(batch, blocks, rows, width), 1, 0)
+        share = {"variable_broadcast": "params", "split_rngs": {"params": False}}
+        _, out = nn.scan(lambda self, _, x: (None, self._feed(x)), **share)(self, None, x)
+        return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * rows, width)[:, :length]
+
+    def _feed(self, x: Array) -> Array:
         width = x.shape[-1]
         return Dense(width, name="net.2")(GEGLU(4 * width, name="net.0")(x))
+
+
+def _feed_blocks(batch: int, length: int, width: int) -> int:
+    """Blocks of tokens for a CPU, so that a block's wide features stay in the cache."""
+    if jax.default_backend() != "cpu":
+        return 1
+    return max(1, min(batch * length * 8 * width // FEATURES, batch * length // FEED_ROWS))
 
 
 class TransformerBlock(nn.Module):

@@ -50,33 +50,45 @@ class Conv(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[B, H, W, I] -> [B, H', W', features]."""
+    def __call__(self, x: Array, doubled: bool = False) -> Array:
+        """[B, H, W, I] -> [B, H', W', features]; if `doubled`, of the image at twice its size."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", _kernel_init, shape)
         padding = self.padding if self.kernel > 1 else ((0, 0), (0, 0))
-        y = convolve(x, kernel, self.stride, padding)
+        y = convolve(x, kernel, self.stride, padding, doubled)
         return y + self.param("bias", nn.initializers.zeros, shape[-1:]) if self.use_bias else y
 
 
-def convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """[B, H, W, I] by [K, K, I, O], in the form that is fastest where it runs."""
-    size, _, inputs, _ = kernel.shape
-    if size == 1 and stride == 1:
+def convolve(
+    x: Array,
+    kernel: Array,
+    stride: int = 1,
+    padding: Padding = winograd.SAME,
+    doubled: bool = False,
+) -> Array:
+    """[B, H, W, I] by [K, K, I, O], in the form that is fastest where it runs.
+
+    If `doubled`, of the image at twice its size by nearest neighbour.
+    """
+    size = kernel.shape[0]
+    if size == 1 and stride == 1 and not doubled:
         return x @ kernel[0, 0]
-    if jax.default_backend() == "cpu":
-        if (size, stride, padding) == (3, 1, winograd.SAME) and winograd.pays(x, kernel):
-            return winograd.convolve(x, kernel)
-        if _wide_and_small(x, inputs):
-            return _convolve_patches(x, kernel, stride, padding)
+    on_cpu = jax.default_backend() == "cpu"
+    fits = on_cpu and (size, stride, padding) == (3, 1, winograd.SAME)
+    if fits and winograd.pays(x, kernel, doubled):
+        return winograd.convolve(x, kernel, doubled)
+    if doubled:
+        x = resize_nearest(x, 2 * x.shape[1], 2 * x.shape[2])
+    if on_cpu and _wide_and_small(x):
+        return _convolve_patches(x, kernel, stride, padding)
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
-def _wide_and_small(x: Array, inputs: int) -> bool:
+def _wide_and_small(x: Array) -> bool:
     """Where XLA's CPU convolution falls far below its matmul (benchmarks/README.md)."""
-    return inputs >= 320 and x.shape[1] * x.shape[2] <= 20 * 20
+    return x.shape[3] >= 320 and x.shape[1] * x.shape[2] <= 20 * 20
 
 
 def _convolve_patches(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
@@ -181,7 +193,9 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: Array, height: int, width: int) -> Array:
         """[B, H, W, C] -> [B, height, width, features]."""
-        return Conv(self.features, name="conv")(resize_nearest(x, height, width))
+        doubled = (height, width) == (2 * x.shape[1], 2 * x.shape[2])
+        x = x if doubled else resize_nearest(x, height, width)
+        return Conv(self.features, name="conv")(x, doubled)
 
 
 def resize_nearest(x: Array, height: int, width: int) -> Array:

@@ -36,7 +36,8 @@ def torch_attention(q, k, v, heads, causal):
 
 def in_blocks(monkeypatch, rows):
     """Attention by blocks of so many queries, and in one piece for 0."""
-    monkeypatch.setattr(attention, "SCORES", 64 if rows else 1 << 30)
+    monkeypatch.setattr(attention, "WHOLE", 64 if rows else 1 << 30)
+    monkeypatch.setattr(attention, "SCORES", 64)
     monkeypatch.setattr(attention, "MIN_ROWS", rows)
 
 
@@ -53,9 +54,10 @@ CHUNKS = [(16, 16), (37, 37), (33, 5), (5, 40), (32, 7)]
 
 
 @pytest.mark.parametrize(("length", "keys"), CHUNKS)
-@pytest.mark.parametrize("rows", [16, 0], ids=["chunked", "whole"])
-def test_attention_matches_torch_in_value_and_gradient(length, keys, rows, monkeypatch):
+@pytest.mark.parametrize(("rows", "together"), [(16, 1), (16, 2), (16, 6), (0, 0)])
+def test_attention_matches_torch_in_value_and_gradient(length, keys, rows, together, monkeypatch):
     in_blocks(monkeypatch, rows)
+    monkeypatch.setattr(attention, "_together", lambda batch, heads: together)
     arrays = qkv(length, keys, 24)
     out, grads = torch_attention(*arrays, heads=3, causal=False)
     actual, ours = value_and_gradients(lambda *a: attention.attend(*a, heads=3), *arrays)
@@ -178,3 +180,23 @@ def test_scores_of_half_precision_are_float32(upcast):
     assert [str(e.invars[0].aval.dtype) for e in scores] == ["float32" if upcast else "bfloat16"]
     assert [str(e.outvars[0].aval.dtype) for e in scores] == ["float32"]
     assert jaxpr.out_avals[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("length", [12, 37])
+def test_feed_forward_in_blocks_is_the_feed_forward(length, monkeypatch):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, length, 16)), jnp.float32)
+    network = attention.FeedForward()
+    params = network.init(jax.random.key(0), x)
+
+    def slopes(params, x):
+        return jax.value_and_grad(lambda p, x: jnp.sin(network.apply(p, x)).sum(), (0, 1))(
+            params, x
+        )
+
+    whole = quick_jit(slopes)(params, x)
+    monkeypatch.setattr(attention, "FEATURES", 8 * 16 * 10)
+    monkeypatch.setattr(attention, "FEED_ROWS", 5)
+    assert attention._feed_blocks(*x.shape) > 1
+    blocks = jax.jit(lambda *a: slopes(*a))(params, x)
+    for ours, theirs in zip(jax.tree.leaves(blocks), jax.tree.leaves(whole), strict=True):
+        assert error(ours, theirs) < TOLERANCE
