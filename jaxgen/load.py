@@ -168,7 +168,8 @@ def place(tensor: Tensor, dtype: Any, where: jax.sharding.Sharding) -> jax.Array
     def read(index: files.Slices | None) -> np.ndarray:
         assert index is not None
         block = tensor.read(index)
-        return block.astype(dtype or tensor.dtype, order="C", copy=False)
+        # JAX may keep what is contiguous as it is, so a copy; anything else it copies itself.
+        return block.astype(dtype or tensor.dtype, order="K", copy=block.flags.c_contiguous)
 
     return jax.make_array_from_callback(tensor.shape, where, read)
 

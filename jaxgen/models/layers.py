@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from jaxgen.models import winograd
+from jaxgen.models.winograd import Norm
 from jaxgen.types import Array, Params, at_least_float32
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -50,40 +51,47 @@ class Conv(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, doubled: bool = False) -> Array:
-        """[B, H, W, I] -> [B, H', W', features]; if `doubled`, of the image at twice its size."""
+    def __call__(self, x: Array, norm: Norm = (), doubled: bool = False) -> Array:
+        """[B, H, W, I] -> [B, H', W', features].
+
+        Args:
+            norm: of `GroupNorm.moments`; x is normalised and passes a SiLU first.
+            doubled: convolves the image at twice its size by nearest neighbour.
+        """
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", _kernel_init, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape[-1:]) if self.use_bias else None
         padding = self.padding if self.kernel > 1 else ((0, 0), (0, 0))
-        y = convolve(x, kernel, self.stride, padding, doubled)
-        return y + self.param("bias", nn.initializers.zeros, shape[-1:]) if self.use_bias else y
+        return convolve(x, kernel, bias, self.stride, padding, norm, doubled)
 
 
 def convolve(
     x: Array,
     kernel: Array,
+    bias: Array | None = None,
     stride: int = 1,
     padding: Padding = winograd.SAME,
+    norm: Norm = (),
     doubled: bool = False,
 ) -> Array:
-    """[B, H, W, I] by [K, K, I, O], in the form that is fastest where it runs.
-
-    If `doubled`, of the image at twice its size by nearest neighbour.
-    """
-    size = kernel.shape[0]
-    if size == 1 and stride == 1 and not doubled:
-        return x @ kernel[0, 0]
+    """[B, H, W, I] by [K, K, I, O], in the form that is fastest where it runs; see `Conv`."""
     on_cpu = jax.default_backend() == "cpu"
-    fits = on_cpu and (size, stride, padding) == (3, 1, winograd.SAME)
-    if fits and winograd.pays(x, kernel, doubled):
-        return winograd.convolve(x, kernel, doubled)
+    simple = (len(kernel), stride, padding) == (3, 1, winograd.SAME)
+    if on_cpu and simple and winograd.pays(x, kernel, doubled):
+        bias = jnp.zeros(kernel.shape[-1:], x.dtype) if bias is None else bias
+        return winograd.convolve(x, kernel, bias, norm, doubled)
+    x = winograd.activate(x, norm)
     if doubled:
         x = resize_nearest(x, 2 * x.shape[1], 2 * x.shape[2])
-    if on_cpu and _wide_and_small(x):
-        return _convolve_patches(x, kernel, stride, padding)
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    if len(kernel) == stride == 1:
+        y = x @ kernel[0, 0]
+    elif on_cpu and _wide_and_small(x):
+        y = _convolve_patches(x, kernel, stride, padding)
+    else:
+        y = lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=winograd.DIMENSIONS
+        )
+    return y if bias is None else y + bias
 
 
 def _wide_and_small(x: Array) -> bool:
@@ -110,9 +118,13 @@ class GroupNorm(nn.Module):
     groups: int
     epsilon: float
 
-    @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, ..., C] -> the same shape."""
+        return winograd.normalise(x, *self.moments(x))
+
+    @nn.compact
+    def moments(self, x: Array) -> Norm:
+        """[B, ..., C] -> what to subtract, to multiply by and to add, [B, 1, ..., C] each."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -120,8 +132,12 @@ class GroupNorm(nn.Module):
         h = at_least_float32(x).reshape(x.shape[0], -1, self.groups, channels // self.groups)
         mean = h.mean((1, 3), keepdims=True)
         variance = jnp.square(h - mean).mean((1, 3), keepdims=True)
-        h = (h - mean) * lax.rsqrt(variance + self.epsilon)
-        return (h.reshape(x.shape) * scale + bias).astype(x.dtype)
+        shape = (x.shape[0], *(1,) * (x.ndim - 2), channels)
+        mean, factor = (
+            jnp.broadcast_to(a, (*h.shape[:1], 1, *h.shape[2:])).reshape(shape)
+            for a in (mean, lax.rsqrt(variance + self.epsilon))
+        )
+        return mean, factor * scale, jnp.broadcast_to(bias, shape)
 
 
 class LayerNorm(nn.Module):
@@ -163,10 +179,10 @@ class ResBlock(nn.Module):
         norm = partial(GroupNorm, self.groups, self.epsilon)
         conv = partial(Conv, self.features)
 
-        h = conv(name="conv1")(nn.silu(norm(name="norm1")(x)))
+        h = conv(name="conv1")(x, norm(name="norm1").moments(x))
         if temb is not None:  # the VAE's blocks have none
             h = h + Dense(self.features, name="time_emb_proj")(nn.silu(temb))[:, None, None, :]
-        h = conv(name="conv2")(nn.silu(norm(name="norm2")(h)))
+        h = conv(name="conv2")(h, norm(name="norm2").moments(h))
 
         if x.shape[-1] != self.features:
             x = conv(kernel=1, name="conv_shortcut")(x)
@@ -195,7 +211,7 @@ class Upsample(nn.Module):
         """[B, H, W, C] -> [B, height, width, features]."""
         doubled = (height, width) == (2 * x.shape[1], 2 * x.shape[2])
         x = x if doubled else resize_nearest(x, height, width)
-        return Conv(self.features, name="conv")(x, doubled)
+        return Conv(self.features, name="conv")(x, doubled=doubled)
 
 
 def resize_nearest(x: Array, height: int, width: int) -> Array:

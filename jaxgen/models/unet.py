@@ -256,8 +256,8 @@ class UNetModule(nn.Module):
             size = skips[-1].shape[1:3] if skips else x.shape[1:3]
             x = UpBlock(cfg, level, name=f"up_blocks.{level}")(x, used, temb, size)
 
-        x = nn.silu(GroupNorm(cfg.norm_num_groups, cfg.norm_eps, name="conv_norm_out")(x))
-        return Conv(cfg.out_channels, name="conv_out")(x)
+        norm = GroupNorm(cfg.norm_num_groups, cfg.norm_eps, name="conv_norm_out").moments(x)
+        return Conv(cfg.out_channels, name="conv_out")(x, norm)
 
 
 @dataclass(frozen=True)

@@ -132,8 +132,8 @@ class Encoder(nn.Module):
             )
             x = level(x)
         x = MidBlock(cfg, name="mid_block")(x)
-        x = nn.silu(GroupNorm(cfg.norm_num_groups, EPSILON, name="conv_norm_out")(x))
-        return Conv(2 * cfg.latent_channels, name="conv_out")(x)
+        norm = GroupNorm(cfg.norm_num_groups, EPSILON, name="conv_norm_out").moments(x)
+        return Conv(2 * cfg.latent_channels, name="conv_out")(x, norm)
 
 
 class Decoder(nn.Module):
@@ -153,8 +153,8 @@ class Decoder(nn.Module):
                 width, cfg.layers_per_block + 1, cfg.norm_num_groups, resize, name=f"up_blocks.{i}"
             )
             x = level(x)
-        x = nn.silu(GroupNorm(cfg.norm_num_groups, EPSILON, name="conv_norm_out")(x))
-        return Conv(cfg.out_channels, name="conv_out")(x)
+        norm = GroupNorm(cfg.norm_num_groups, EPSILON, name="conv_norm_out").moments(x)
+        return Conv(cfg.out_channels, name="conv_out")(x, norm)
 
 
 class VAEModule(nn.Module):

@@ -73,7 +73,9 @@ _DTYPES = {
 
 
 def open_file(path: Path) -> Tensors:
-    """The tensors of one safetensors file, by key; the file stays mapped, nothing is read yet.
+    """The tensors of one safetensors file, by key; no values are read yet.
+
+    What a tensor reads is a view of the file, which must not change until it has been copied.
 
     Raises:
         UserError: for pickles (which can run code), and for files that are empty, truncated or of
@@ -85,8 +87,11 @@ def open_file(path: Path) -> Tensors:
             "(diffusers: load it and save_pretrained(..., safe_serialization=True))"
         )
     try:
-        file = safe_open(path, "np")
-        keys = list(file.keys())
+        with safe_open(path, "np") as file:  # checks every name, shape and offset
+            keys = list(file.keys())
+        with path.open("rb") as raw:
+            start = 8 + int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(start - 8))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except (SafetensorError, OSError) as error:
@@ -95,18 +100,18 @@ def open_file(path: Path) -> Tensors:
         raise UserError(f"{path} {what}; download it again") from None
 
     def tensor(key: str) -> Tensor:
-        view = file.get_slice(key)
-        name = view.get_dtype()
+        name, shape = header[key]["dtype"], tuple(header[key]["shape"])
         if name not in _DTYPES:
             raise UserError(f"{path}: tensor {key} has dtype {name}, which is not supported")
-        shape = tuple(view.get_shape())
+        dtype, offset = _DTYPES[name], start + header[key]["data_offsets"][0]
 
         def read(index: Slices) -> np.ndarray:
-            if not shape or 0 in shape:  # safetensors cannot slice these
-                return file.get_tensor(key)[(*index, ...)]
-            return view[index]
+            if 0 in shape:  # nothing cannot be mapped
+                return np.empty(shape, dtype)[index]
+            # Mapped anew each time: what was read is given back to the system with the array.
+            return np.memmap(path, dtype, "r", offset, shape)[index]
 
-        return Tensor(shape, _DTYPES[name], read)
+        return Tensor(shape, dtype, read)
 
     return {key: tensor(key) for key in keys}
 

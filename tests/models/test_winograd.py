@@ -12,6 +12,10 @@ from tests.torch_oracle import error
 RNG = np.random.default_rng(0)
 
 
+def convolve(x, kernel, doubled=False):
+    return winograd.convolve(x, kernel, jnp.zeros(kernel.shape[-1:], x.dtype), (), doubled)
+
+
 def plain(x, kernel, doubled=False):
     if doubled:
         x = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
@@ -34,7 +38,7 @@ def test_it_is_the_convolution(size, tiles, doubled, monkeypatch):
     monkeypatch.setattr(winograd, "MIN_OUTPUTS", 1)
     monkeypatch.setattr(winograd, "KERNELS", 36 * 8 * (3 if tiles == 1 else 1))
     x, kernel = pair(2, *size, outputs=6)
-    assert error(winograd.convolve(x, kernel, doubled), plain(x, kernel, doubled)) < 5e-6
+    assert error(convolve(x, kernel, doubled), plain(x, kernel, doubled)) < 5e-6
 
 
 @pytest.mark.parametrize(("doubled", "most"), [(False, 15), (True, 5)])
@@ -42,7 +46,7 @@ def test_rounding_is_small(doubled, most):
     x, kernel = pair(1, 16, 16, 256, 256)
     with jax.enable_x64(True):
         exact = plain(x.astype(jnp.float64), kernel.astype(jnp.float64), doubled)
-    ours = error(winograd.convolve(x, kernel, doubled), exact)
+    ours = error(convolve(x, kernel, doubled), exact)
     assert ours < 5e-6  # half of what a module is allowed
     assert ours < most * error(plain(x, kernel, doubled), exact)
 
@@ -51,13 +55,13 @@ def test_rounding_is_small(doubled, most):
 def test_it_is_exact_in_float64(doubled):
     with jax.enable_x64(True):
         x, kernel = (a.astype(jnp.float64) for a in pair())
-        assert error(winograd.convolve(x, kernel, doubled), plain(x, kernel, doubled)) < 1e-14
+        assert error(convolve(x, kernel, doubled), plain(x, kernel, doubled)) < 1e-14
 
 
 @pytest.mark.parametrize("doubled", [False, True])
 def test_derivatives_in_both_modes_are_those_of_the_convolution(doubled):
     args, directions = pair(), pair()
-    forms = [lambda *a, f=f: f(*a, doubled) for f in (winograd.convolve, plain)]
+    forms = [lambda *a, f=f: f(*a, doubled) for f in (convolve, plain)]
 
     def slope(f):
         return jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (0, 1))(*args)
@@ -68,16 +72,52 @@ def test_derivatives_in_both_modes_are_those_of_the_convolution(doubled):
     assert error(ours, theirs) < 2e-6
 
 
+def normed(x, kernel, bias, *norm):
+    return plain(winograd.activate(x, norm), kernel) + bias
+
+
+@pytest.mark.parametrize("large", [0, 2**26], ids=["by strips", "whole"])
+def test_norm_and_bias_are_those_of_the_layers_around_it(large, monkeypatch):
+    monkeypatch.setattr(winograd, "TILES", 8)
+    monkeypatch.setattr(winograd, "LARGE", large)
+    x, kernel = pair(2, 13, 9)
+    bias = jnp.asarray(RNG.standard_normal(kernel.shape[-1:], np.float32))
+    norm = [jnp.asarray(RNG.standard_normal((2, 1, 1, 8), np.float32)) for _ in range(3)]
+    args = (x, kernel, bias, *norm)
+
+    def ours(x, kernel, bias, *norm):
+        return winograd.convolve(x, kernel, bias, norm)
+
+    assert error(ours(*args), normed(*args)) < 5e-6
+
+    def slopes(f):
+        return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), range(6)))(*args)
+
+    for got, expected in zip(slopes(ours), slopes(normed), strict=True):
+        assert error(got, expected) < 2e-5
+
+
+def test_what_does_not_learn_costs_no_convolution():
+    x, kernel = pair()
+    bias = jnp.zeros(kernel.shape[-1:])
+
+    def plain_convolutions(which):
+        slope = jax.grad(lambda *a: winograd.convolve(*a).sum(), which)
+        return str(jax.make_jaxpr(slope)(x, kernel, bias)).count("conv_general_dilated")
+
+    assert [plain_convolutions(i) for i in (0, 1, 2)] == [1, 1, 0]
+
+
 def test_it_maps_over_a_batch_of_batches():
     x, kernel = pair(6)
-    ours = jax.vmap(winograd.convolve, (0, None))(x.reshape(3, 2, *x.shape[1:]), kernel)
+    ours = jax.vmap(convolve, (0, None))(x.reshape(3, 2, *x.shape[1:]), kernel)
     assert error(ours.reshape(6, *ours.shape[2:]), plain(x, kernel)) < 5e-6
 
 
 def test_what_surrounds_the_image_does_not_leak_in():
     x, kernel = pair(1, 9, 9)
     x = x.at[0, 0, 0].set(jnp.inf)  # the result is filled from here before it is written
-    ours = winograd.convolve(x, kernel)
+    ours = convolve(x, kernel)
     assert bool(jnp.isfinite(ours[0, 4:, 4:]).all())
 
 
