@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +132,13 @@ def read_params(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     kind = DTYPES[dtype] if dtype else None
-    return {
-        name: trees.unflatten(
-            {
-                p: place(t, kind, sharding.of_path(f"{name}/{p}", mesh, rules))
-                for p, t in part.items()
-            }
-        )
-        for name, part in tensors.items()
-    }
+    params = {}
+    with ThreadPoolExecutor(4) as pool:  # copying and turning axes is most of the time
+        for name, part in tensors.items():
+            where = [sharding.of_path(f"{name}/{path}", mesh, rules) for path in part]
+            placed = pool.map(lambda t, w: place(t, kind, w), part.values(), where)
+            params[name] = trees.unflatten(dict(zip(part, placed)))
+    return params
 
 
 def find(ref: str | Path | None, variant: str = "") -> Path:
