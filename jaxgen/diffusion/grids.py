@@ -153,7 +153,7 @@ def _times(schedule: Schedule, steps: int) -> np.ndarray:
     total, spacing = schedule.num_train_timesteps, schedule.timestep_spacing
     count = steps + 1 if schedule.sampler == "dpmpp" else steps
     if spacing == "trailing":
-        # For some numbers of steps arange adds a stray last value near 0; diffusers runs it too.
+        # For some numbers of steps arange adds a value; diffusers makes a step at time -1 of it.
         return np.arange(total, 0, -total / steps).round()[:steps] - 1
     if spacing == "linspace":
         times = np.linspace(0, total - 1, count)[::-1][:steps]

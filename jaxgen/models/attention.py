@@ -1,13 +1,15 @@
 """Attention, exact and chunked, and the transformer blocks of the UNet."""
 
 import math
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.models.layers import Conv, Dense, GroupNorm, LayerNorm
+from jaxgen.models.layers import Conv, Dense
+from jaxgen.models.norms import GroupNorm, LayerNorm
 from jaxgen.types import Array, at_least_float32
 
 WHOLE = 2**20  # scores of one head that are held at once; more are computed in blocks of queries
@@ -31,7 +33,7 @@ def attend(q: Array, k: Array, v: Array, heads: int, causal: bool = False) -> Ar
     """
     split = lambda x: x.reshape(*x.shape[:2], heads, -1)  # noqa: E731
     q, k, v = split(q), split(k), split(v)
-    if _cudnn_runs(q, k):
+    if _cudnn_runs(q):
         out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     elif q.shape[1] * k.shape[1] < WHOLE or causal:
         out = _attend_heads_first(q, k, v, causal)
@@ -40,13 +42,19 @@ def attend(q: Array, k: Array, v: Array, heads: int, causal: bool = False) -> Ar
     return out.reshape(*out.shape[:2], -1)
 
 
-def _cudnn_runs(q: Array, k: Array) -> bool:
-    """cuDNN's fused kernel: half precision, head width a multiple of 8, up to 128 (Hopper 256)."""
+def _cudnn_runs(q: Array) -> bool:
+    """cuDNN's fused kernel: half precision, from Ampere on (8.0), head width a multiple of 8.
+
+    Widths go up to 128, on Hopper (9.0) to 256.
+    """
     width = q.shape[-1]
     if jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16) or width % 8:
         return False
-    hopper = float(getattr(jax.devices()[0], "compute_capability", 0)) >= 9.0
-    return width <= (256 if hopper else 128)
+    capability = re.fullmatch(
+        r"(\d+)\.\d+", str(getattr(jax.devices()[0], "compute_capability", ""))
+    )
+    version = int(capability[1]) if capability else 0  # AMD's are named otherwise
+    return version >= 8 and width <= (256 if version >= 9 else 128)
 
 
 def _attend_heads_first(q: Array, k: Array, v: Array, causal: bool = False) -> Array:
@@ -96,7 +104,8 @@ def _together(batch: int, heads: int) -> int:
     """Heads of images that are computed at once.
 
     On a CPU one at a time, so that a block's scores stay in the cache: three times as fast. A batch
-    that may be spread over devices is not looped over, since they would wait for each other.
+    that may be spread over devices (where there are several, whether or not they are in use) is not
+    looped over, since they would wait for each other.
     """
     if jax.default_backend() != "cpu":
         return batch * heads
@@ -195,7 +204,8 @@ def _feed_blocks(batch: int, length: int, width: int) -> int:
     """Blocks of tokens for a CPU, so that a block's wide features stay in the cache."""
     if jax.default_backend() != "cpu":
         return 1
-    return max(1, min(batch * length * 8 * width // FEATURES, batch * length // FEED_ROWS))
+    tokens = batch * length
+    return max(1, min(tokens * 8 * width // FEATURES, tokens // FEED_ROWS, length))
 
 
 class TransformerBlock(nn.Module):

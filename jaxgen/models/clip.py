@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jaxgen import config
 from jaxgen.models.attention import attend
-from jaxgen.models.layers import Conv, Dense, LayerNorm
-from jaxgen.types import Array, Params, UserError, at_least_float32
+from jaxgen.models.layers import Conv, Dense
+from jaxgen.models.norms import LayerNorm
+from jaxgen.types import Array, Params, UserError, at_least_float32, full_precision
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's ViT-L
@@ -230,10 +231,12 @@ class TextEncoder:
         ids = jnp.zeros((1, self.config.max_position_embeddings), jnp.int32)
         return TextModule(self.config, self.projected).init(key, ids)["params"]
 
+    @full_precision
     def hidden_states(self, params: Params, ids: Array) -> list[Array]:
         """[B, T] token ids -> embeddings and each layer's output, before the final norm."""
         return TextModule(self.config, self.projected).apply({"params": params}, ids)[0]
 
+    @full_precision
     def apply(self, params: Params, ids: Array, skip: int = 0) -> tuple[Array, Array]:
         """[B, T] token ids -> tokens [B, T, C] and the pooled embedding [B, C or projection_dim].
 
@@ -311,6 +314,7 @@ class VisionEncoder:
         images = jnp.zeros((1, side, side, self.config.num_channels))
         return VisionModule(self.config).init(key, images)["params"]
 
+    @full_precision
     def apply(self, params: Params, images: Array) -> tuple[Array, Array]:
         """Images [B, H, W, 3], resized and normed for CLIP -> hidden state, embedding [B, P]."""
         dtype = params["visual_projection"]["kernel"].dtype

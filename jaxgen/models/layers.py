@@ -1,6 +1,6 @@
-"""Linear maps, convolutions, norms, and the residual block that UNet and VAE share.
+"""Linear maps, convolutions, and the residual block that UNet and VAE share.
 
-Channels last. Layers compute in the dtype of their parameters, norms in float32 at least.
+Channels last. Layers compute in the dtype of their parameters.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from jaxgen.models import winograd
-from jaxgen.models.winograd import Norm
+from jaxgen.models.norms import Affine, GroupNorm, silu_of
 from jaxgen.types import Array, Params, at_least_float32
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -51,11 +51,11 @@ class Conv(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, norm: Norm = (), doubled: bool = False) -> Array:
+    def __call__(self, x: Array, norm: Affine | None = None, doubled: bool = False) -> Array:
         """[B, H, W, I] -> [B, H', W', features].
 
         Args:
-            norm: of `GroupNorm.moments`; x is normalised and passes a SiLU first.
+            norm: of `GroupNorm.affine`; x is normalised and passes a SiLU first.
             doubled: convolves the image at twice its size by nearest neighbour.
         """
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
@@ -71,7 +71,7 @@ def convolve(
     bias: Array | None = None,
     stride: int = 1,
     padding: Padding = winograd.SAME,
-    norm: Norm = (),
+    norm: Affine | None = None,
     doubled: bool = False,
 ) -> Array:
     """[B, H, W, I] by [K, K, I, O], in the form that is fastest where it runs; see `Conv`."""
@@ -80,7 +80,7 @@ def convolve(
     if on_cpu and simple and winograd.pays(x, kernel, doubled):
         bias = jnp.zeros(kernel.shape[-1:], x.dtype) if bias is None else bias
         return winograd.convolve(x, kernel, bias, norm, doubled)
-    x = winograd.activate(x, norm)
+    x = silu_of(x, norm)
     if doubled:
         x = resize_nearest(x, 2 * x.shape[1], 2 * x.shape[2])
     if len(kernel) == stride == 1:
@@ -112,51 +112,6 @@ def _convolve_patches(x: Array, kernel: Array, stride: int, padding: Padding) ->
     return jnp.concatenate(shifted, -1) @ kernel.reshape(size * size * inputs, outputs)
 
 
-class GroupNorm(nn.Module):
-    """Group normalisation with the two-pass variance: the fast one loses 1e-3 at large means."""
-
-    groups: int
-    epsilon: float
-
-    def __call__(self, x: Array) -> Array:
-        """[B, ..., C] -> the same shape."""
-        return winograd.normalise(x, *self.moments(x))
-
-    @nn.compact
-    def moments(self, x: Array) -> Norm:
-        """[B, ..., C] -> what to subtract, to multiply by and to add, [B, 1, ..., C] each."""
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-
-        h = at_least_float32(x).reshape(x.shape[0], -1, self.groups, channels // self.groups)
-        mean = h.mean((1, 3), keepdims=True)
-        variance = jnp.square(h - mean).mean((1, 3), keepdims=True)
-        shape = (x.shape[0], *(1,) * (x.ndim - 2), channels)
-        mean, factor = (
-            jnp.broadcast_to(a, (*h.shape[:1], 1, *h.shape[2:])).reshape(shape)
-            for a in (mean, lax.rsqrt(variance + self.epsilon))
-        )
-        return mean, factor * scale, jnp.broadcast_to(bias, shape)
-
-
-class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis, two-pass."""
-
-    epsilon: float = 1e-5
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[..., C] -> the same shape."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-
-        h = at_least_float32(x)
-        h = h - h.mean(-1, keepdims=True)
-        h = h * lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.epsilon)
-        return (h * scale + bias).astype(x.dtype)
-
-
 class ResBlock(nn.Module):
     """Residual convolution block, shifted by the time embedding where there is one.
 
@@ -179,10 +134,10 @@ class ResBlock(nn.Module):
         norm = partial(GroupNorm, self.groups, self.epsilon)
         conv = partial(Conv, self.features)
 
-        h = conv(name="conv1")(x, norm(name="norm1").moments(x))
+        h = conv(name="conv1")(x, norm(name="norm1").affine(x))
         if temb is not None:  # the VAE's blocks have none
             h = h + Dense(self.features, name="time_emb_proj")(nn.silu(temb))[:, None, None, :]
-        h = conv(name="conv2")(h, norm(name="norm2").moments(h))
+        h = conv(name="conv2")(h, norm(name="norm2").affine(h))
 
         if x.shape[-1] != self.features:
             x = conv(kernel=1, name="conv_shortcut")(x)
@@ -215,7 +170,10 @@ class Upsample(nn.Module):
 
 
 def resize_nearest(x: Array, height: int, width: int) -> Array:
-    """[B, H, W, C] -> [B, height, width, C], source index floor(i * in / out) as in PyTorch."""
+    """[B, H, W, C] -> [B, height, width, C], source index floor(i * in / out).
+
+    As in PyTorch for the sizes 2n and 2n - 1 of a UNet (PyTorch rounds the product elsewhere).
+    """
     if (height, width) == (2 * x.shape[1], 2 * x.shape[2]):
         return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
     rows = jnp.arange(height) * x.shape[1] // height

@@ -16,13 +16,22 @@ from jaxgen.models.layers import (
     Conv,
     Downsample,
     EmbeddingMLP,
-    GroupNorm,
     ResBlock,
     Upsample,
     linear,
     sinusoids,
 )
-from jaxgen.types import Array, Cache, Inputs, Params, Point, UserError, at_least_float32
+from jaxgen.models.norms import GroupNorm
+from jaxgen.types import (
+    Array,
+    Cache,
+    Inputs,
+    Params,
+    Point,
+    UserError,
+    at_least_float32,
+    full_precision,
+)
 
 Levels = int | tuple[int, ...]  # one number for all levels, or one for each
 
@@ -256,7 +265,7 @@ class UNetModule(nn.Module):
             size = skips[-1].shape[1:3] if skips else x.shape[1:3]
             x = UpBlock(cfg, level, name=f"up_blocks.{level}")(x, used, temb, size)
 
-        norm = GroupNorm(cfg.norm_num_groups, cfg.norm_eps, name="conv_norm_out").moments(x)
+        norm = GroupNorm(cfg.norm_num_groups, cfg.norm_eps, name="conv_norm_out").affine(x)
         return Conv(cfg.out_channels, name="conv_out")(x, norm)
 
 
@@ -283,6 +292,7 @@ class UNet:
         x = zeros(side, side, cfg.in_channels)
         return UNetModule(cfg).init(key, x, jnp.zeros(()), added, guidance)["params"]
 
+    @full_precision
     def prepare(self, params: Params, inputs: Inputs) -> Cache:
         """All that does not depend on time: keys and values of the text, fixed embeddings."""
         cfg = self.config
@@ -305,6 +315,7 @@ class UNet:
             )
         return cache
 
+    @full_precision
     def apply(self, params: Params, x: Array, point: Point, cache: Cache) -> Array:
         """The raw prediction for noisy latents [B, H, W, C], in float32 at least.
 

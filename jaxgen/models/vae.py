@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jaxgen import config
 from jaxgen.models.attention import SelfAttention
-from jaxgen.models.layers import Conv, Downsample, GroupNorm, ResBlock, Upsample
-from jaxgen.types import Array, Params, UserError, at_least_float32
+from jaxgen.models.layers import Conv, Downsample, ResBlock, Upsample
+from jaxgen.models.norms import GroupNorm
+from jaxgen.types import Array, Params, UserError, at_least_float32, full_precision
 
 EPSILON = 1e-6  # of every GroupNorm in the VAE
 
@@ -132,7 +133,7 @@ class Encoder(nn.Module):
             )
             x = level(x)
         x = MidBlock(cfg, name="mid_block")(x)
-        norm = GroupNorm(cfg.norm_num_groups, EPSILON, name="conv_norm_out").moments(x)
+        norm = GroupNorm(cfg.norm_num_groups, EPSILON, name="conv_norm_out").affine(x)
         return Conv(2 * cfg.latent_channels, name="conv_out")(x, norm)
 
 
@@ -153,7 +154,7 @@ class Decoder(nn.Module):
                 width, cfg.layers_per_block + 1, cfg.norm_num_groups, resize, name=f"up_blocks.{i}"
             )
             x = level(x)
-        norm = GroupNorm(cfg.norm_num_groups, EPSILON, name="conv_norm_out").moments(x)
+        norm = GroupNorm(cfg.norm_num_groups, EPSILON, name="conv_norm_out").affine(x)
         return Conv(cfg.out_channels, name="conv_out")(x, norm)
 
 
@@ -202,6 +203,7 @@ class VAE:
         x = jnp.zeros((1, side, side, self.config.in_channels))
         return VAEModule(self.config).init(key, x)["params"]
 
+    @full_precision
     def posterior(self, params: Params, images: Array) -> tuple[Array, Array]:
         """[B, H, W, 3] in [-1, 1] -> mean and standard deviation, [B, H/f, W/f, C], unscaled."""
         images = images.astype(params["encoder"]["conv_in"]["kernel"].dtype)
@@ -214,6 +216,7 @@ class VAE:
         mean, std = self.posterior(params, images)
         return self.config.scaling_factor * (mean + std * noise)
 
+    @full_precision
     def decode(self, params: Params, latents: Array) -> Array:
         """[B, h, w, C] latents -> images [B, f h, f w, 3], about [-1, 1]."""
         z = (latents / self.config.scaling_factor).astype(

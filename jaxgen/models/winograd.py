@@ -8,14 +8,14 @@ XLA's own convolution runs close to the processor's matrix peak: only doing less
 from functools import partial
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxgen.types import Array, at_least_float32
+from jaxgen.models.norms import Affine, silu_of
+from jaxgen.types import Array
 
 TILES = 256  # tiles at a time
 KERNELS = 36 * 2**17  # numbers of transformed kernels at a time
@@ -23,7 +23,6 @@ LARGE = 2**26  # numbers of an image that is not normalised as a whole
 MIN_OUTPUTS = 64  # channels of the result at a time, at least
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 SAME = ((1, 1), (1, 1))
-Norm = tuple[Array, ...]  # mean, scale and bias, [B, 1, 1, C]; or nothing
 
 
 class Form(NamedTuple):
@@ -81,79 +80,85 @@ def pays(x: Array, kernel: Array, doubled: bool = False) -> bool:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(4,))
-def convolve(x: Array, kernel: Array, bias: Array, norm: Norm = (), doubled: bool = False) -> Array:
+def convolve(
+    x: Array, kernel: Array, bias: Array, norm: Affine | None = None, doubled: bool = False
+) -> Array:
     """[B, H, W, I] by [3, 3, I, O], padded by 1 -> [B, H, W, O]; or [B, 2H, 2W, O] if `doubled`.
 
-    `norm`, where there is one, acts on x first; a strip at a time, so that what it makes of the
-    whole image never exists. Memory is that of the result and little more.
+    Where there is a `norm`, x is normalised and passes a SiLU first; of images over LARGE a strip
+    at a time, so that the result is all the memory it takes.
     """
     form = DOUBLED if doubled else PLAIN
-    image, taps, result = (jnp.asarray(np.kron(m, m), x.dtype) for m in form[:3])
-    (writes, points), reads, step = form.result.shape, form.image.shape[1], form.step
     batch, height, width, inputs = x.shape
-
+    points, writes, outputs = len(form.image), len(form.result), kernel.shape[-1]
     if x.size < LARGE:
-        x, norm = activate(x, norm), ()
+        x, norm = silu_of(x, norm), None
 
-    # Tiles, `rows` x `across` in each of some strips, the last of which may reach past the image.
-    down, across = -(-height // step), -(-width // step)
+    # Tiles: `rows` x `across` in a strip; their products with `part` outputs stay in the cache.
+    down, across = -(-height // form.step), -(-width // form.step)
     strips = -(-down // max(1, TILES // (batch * across)))
     rows = -(-down // strips)
-    lines, columns = step * rows, step * across  # of a strip, and one more on each side
-    outputs = _block(kernel.shape[-1], points**2 * inputs)
-    x = jnp.pad(x, ((0, 0), (0, lines * strips - height), (0, 0), (0, 0)))
+    part = _divisor(outputs, max(MIN_OUTPUTS, KERNELS // (points**2 * inputs)))
+    x = jnp.pad(x, ((0, 0), (0, form.step * down - height), (0, 0), (0, 0)))
 
     def strip(i: Array, y: Array) -> Array:
-        first = lines * i
-        starts = ((first - 1, 1), (first, lines), (first + lines, 1))  # clamped at the edges
-        block = jnp.concatenate([lax.dynamic_slice_in_dim(x, at, n, 1) for at, n in starts], 1)
-        number = first - 1 + jnp.arange(lines + 2)[:, None, None]
-        block = jnp.where((number >= 0) & (number < height), activate(block, norm), 0)
-        # Not by jnp.pad, which would be fused with the activation into a loop with branches.
-        edges = [
-            jnp.zeros((batch, lines + 2, n, inputs), x.dtype) for n in (1, columns + 1 - width)
-        ]
-        block = jnp.concatenate([edges[0], block, edges[1]], 2)
-        pixels = jnp.stack([block[:, r : r + lines - step + 1 : step] for r in range(reads)])
-        pixels = jnp.stack(
-            [pixels[:, :, :, c : c + columns - step + 1 : step] for c in range(reads)], 1
-        )
-        images = (image @ pixels.reshape(reads**2, -1)).reshape(points**2, -1, inputs)
+        top = jnp.minimum(rows * i, down - rows)  # the last strip may do some tiles again
+        lines = _lines(x, norm, form.step * top, form.step * rows, height)
+        images = _images(form, lines, rows, across)
 
         def some_outputs(j: Array, y: Array) -> Array:
-            some = lax.dynamic_slice_in_dim(kernel, outputs * j, outputs, axis=3)
-            kernels = (taps @ some.reshape(9, -1)).reshape(-1, inputs, outputs)
-            products = jnp.einsum("pti,pio->pto", images, kernels)
-            tiles = (result @ products.reshape(points**2, -1)).reshape(
-                writes, writes, batch, rows, across, outputs
-            )
-            tiles += lax.dynamic_slice_in_dim(bias, outputs * j, outputs)
-            tiles = tiles.transpose(2, 3, 0, 4, 1, 5).reshape(batch, writes * rows, -1, outputs)
-            return lax.dynamic_update_slice(y, tiles, (0, writes * rows * i, 0, outputs * j))
+            kernels = lax.dynamic_slice_in_dim(kernel, part * j, part, axis=3).reshape(9, -1)
+            kernels = _transform(form.kernel, kernels).reshape(-1, inputs, part)
+            tiles = _transform(form.result, jnp.einsum("pti,pio->pto", images, kernels))
+            tiles += lax.dynamic_slice_in_dim(bias, part * j, part)
+            tiles = tiles.reshape(writes, writes, batch, rows, across, part)
+            pixels = tiles.transpose(2, 3, 0, 4, 1, 5).reshape(batch, writes * rows, -1, part)
+            return lax.dynamic_update_slice(y, pixels, (0, writes * top, 0, part * j))
 
-        return lax.fori_loop(0, kernel.shape[-1] // outputs, some_outputs, y)
+        return lax.fori_loop(0, outputs // part, some_outputs, y)
 
-    # What it holds at first does not matter; being made of x, it is not made before x is there.
-    y = jnp.full((batch, strips * rows * writes, writes * across, kernel.shape[-1]), x[0, 0, 0, 0])
+    # What it holds at first does not matter: made of x, it does not take memory before x does, and
+    # of each image's own pixel, so that devices with a part of the batch need not meet.
+    y = jnp.broadcast_to(x[:, :1, :1, :1], (batch, writes * down, writes * across, outputs))
     y = lax.fori_loop(0, strips, strip, y)
-    scale = 1 + doubled
-    return y[:, : scale * height, : scale * width]
+    return y[:, : height * (1 + doubled), : width * (1 + doubled)]
 
 
-def activate(x: Array, norm: Norm) -> Array:
-    """A normalised image through the SiLU, or the image as it is where there is no norm."""
-    return nn.silu(normalise(x, *norm)) if norm else x
+def _lines(x: Array, norm: Affine | None, first: Array, count: int, height: int) -> Array:
+    """Lines first - 1 to first + count of an image, normalised; zero outside it."""
+    ends = jnp.maximum(first - 1, 0), jnp.minimum(first + count, x.shape[1] - 1)
+    parts = ((ends[0], 1), (first, count), (ends[1], 1))
+    lines = jnp.concatenate([lax.dynamic_slice_in_dim(x, at, n, axis=1) for at, n in parts], 1)
+    numbers = first - 1 + jnp.arange(count + 2)[:, None, None]
+    return jnp.where((numbers >= 0) & (numbers < height), silu_of(lines, norm), 0)
 
 
-def normalise(x: Array, mean: Array, scale: Array, bias: Array) -> Array:
-    """(x - mean) * scale + bias, in float32 at least."""
-    return ((at_least_float32(x) - mean) * scale + bias).astype(x.dtype)
+def _images(form: Form, lines: Array, rows: int, across: int) -> Array:
+    """[B, lines, W, I] -> transformed tiles [points^2, B * rows * across, I]."""
+    batch, count, width, inputs = lines.shape
+    reads, step = form.image.shape[1], form.step
+    # Edges not by jnp.pad, which would be fused with the norm before it into a loop with branches.
+    edges = (
+        jnp.zeros((batch, count, n, inputs), lines.dtype) for n in (1, step * across + 1 - width)
+    )
+    left, right = edges
+    lines = jnp.concatenate([left, lines, right], 2)
+    down = jnp.stack([lines[:, r : r + step * (rows - 1) + 1 : step] for r in range(reads)])
+    pixels = jnp.stack(
+        [down[:, :, :, c : c + step * (across - 1) + 1 : step] for c in range(reads)], 1
+    )
+    return _transform(form.image, pixels.reshape(reads**2, -1, inputs))
 
 
-def _block(outputs: int, size: int) -> int:
-    """How many outputs at a time, so that their transformed kernels stay in the cache."""
-    most = max(MIN_OUTPUTS, KERNELS // size)
-    return next(n for n in range(min(outputs, most), 0, -1) if outputs % n == 0)
+def _transform(matrix: np.ndarray, x: Array) -> Array:
+    """Applies a matrix of a form along both axes of tiles, [n^2, ...] -> [m^2, ...]."""
+    both = jnp.asarray(np.kron(matrix, matrix), x.dtype)
+    return (both @ x.reshape(len(x), -1)).reshape(-1, *x.shape[1:])
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor up to `most`."""
+    return next(n for n in range(min(number, most), 0, -1) if number % n == 0)
 
 
 @partial(convolve.defjvp, symbolic_zeros=True)
@@ -169,16 +174,19 @@ def _convolve_jvp(doubled: bool, primals: tuple, tangents: tuple) -> tuple[Array
         return lax.conv_general_dilated(x, kernel, (1, 1), SAME, dimension_numbers=DIMENSIONS)
 
     x, kernel, _, norm = primals
+    is_zero = lambda t: isinstance(t, SymbolicZero)  # noqa: E731
     dx, dkernel, dbias, dnorm = tangents
-    still = [isinstance(t, SymbolicZero) for t in (dx, *dnorm)]
-    dx, *dnorm = (jnp.zeros(t.shape, t.dtype) if z else t for z, t in zip(still, (dx, *dnorm)))
+    moves = not all(is_zero(t) for t in jax.tree.leaves((dx, dnorm), is_leaf=is_zero))
+    dx, dnorm = jax.tree.map(
+        lambda t: jnp.zeros(t.shape, t.dtype) if is_zero(t) else t, (dx, dnorm), is_leaf=is_zero
+    )
+    activated, dactivated = jax.jvp(silu_of, (x, norm), (dx, dnorm))
     y = convolve(*primals, doubled)
     dy = jnp.zeros_like(y)
-    seen, dseen = jax.jvp(activate, (x, norm), (dx, tuple(dnorm)))
-    if not all(still):
-        dy += plain(dseen, kernel)
-    if not isinstance(dkernel, SymbolicZero):
-        dy += plain(seen, dkernel)
-    if not isinstance(dbias, SymbolicZero):
+    if moves:
+        dy += plain(dactivated, kernel)
+    if not is_zero(dkernel):
+        dy += plain(activated, dkernel)
+    if not is_zero(dbias):
         dy += dbias
     return y, dy

@@ -1,5 +1,7 @@
 """Attention and transformer blocks against PyTorch; chunks against the whole."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -180,6 +182,28 @@ def test_scores_of_half_precision_are_float32(upcast):
     assert [str(e.invars[0].aval.dtype) for e in scores] == ["float32" if upcast else "bfloat16"]
     assert [str(e.outvars[0].aval.dtype) for e in scores] == ["float32"]
     assert jaxpr.out_avals[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "dtype", "width", "runs"),
+    [
+        ("cpu", None, "bfloat16", 64, False),
+        ("gpu", "7.5", "bfloat16", 64, False),
+        ("gpu", "8.0", "bfloat16", 64, True),
+        ("gpu", "8.0", "bfloat16", 160, False),
+        ("gpu", "9.0", "float16", 160, True),
+        ("gpu", "10.0", "bfloat16", 160, True),
+        ("gpu", "9.0", "bfloat16", 41, False),
+        ("gpu", "9.0", "float32", 64, False),
+        ("gpu", "gfx942", "bfloat16", 64, False),
+        ("tpu", None, "bfloat16", 64, False),
+    ],
+)
+def test_cudnn_is_chosen_where_it_runs(backend, capability, dtype, width, runs, monkeypatch):
+    device = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert attention._cudnn_runs(np.zeros((1, 2, 1, width), jnp.dtype(dtype))) == runs
 
 
 @pytest.mark.parametrize("length", [12, 37])

@@ -1,5 +1,6 @@
 """Each layer against its counterpart in PyTorch or diffusers."""
 
+import re
 from functools import partial
 
 import jax
@@ -12,16 +13,16 @@ from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embeddin
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 
-from jaxgen.models import layers
+from jaxgen import sharding
+from jaxgen.models import layers, winograd
 from jaxgen.models.layers import (
     Conv,
     Downsample,
     EmbeddingMLP,
-    GroupNorm,
-    LayerNorm,
     ResBlock,
     Upsample,
 )
+from jaxgen.models.norms import GroupNorm, LayerNorm
 from tests.torch_oracle import error, nhwc, params_of, quick_jit, randomise
 
 TOLERANCE = 1e-5
@@ -36,11 +37,20 @@ def ours(module, theirs, *inputs):
     return quick_jit(module.apply)({"params": params_of(theirs)}, *inputs)
 
 
+@pytest.fixture(params=["plain", "Winograd", "accelerator"])
+def form(request, monkeypatch):
+    """The ways a convolution may be computed, by hand: layers choose by size and platform."""
+    if request.param == "Winograd":
+        monkeypatch.setattr(winograd, "pays", lambda *_: True)
+    if request.param == "accelerator":
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
 @pytest.mark.parametrize("features", [32, 64], ids=["identity skip", "conv skip"])
 @pytest.mark.parametrize(
     ("embedded", "epsilon"), [(True, 1e-5), (False, 1e-6)], ids=["UNet", "VAE"]
 )
-def test_resblock_matches_diffusers(features, embedded, epsilon):
+def test_resblock_matches_diffusers(features, embedded, epsilon, form):
     theirs = ResnetBlock2D(
         in_channels=32,
         out_channels=features,
@@ -65,7 +75,7 @@ def test_downsample_matches_diffusers(padding, size):
 
 
 @pytest.mark.parametrize("size", [None, (6, 10), (5, 9), (5, 10), (7, 13), (3, 5)], ids=str)
-def test_upsample_matches_diffusers_at_any_size(size):
+def test_upsample_matches_diffusers_at_any_size(size, form):
     theirs = randomise(Upsample2D(6, use_conv=True, out_channels=6))
     x = noise(2, 6, 3, 5)
     height, width = size or (6, 10)
@@ -168,3 +178,14 @@ def test_a_wide_convolution_matches_torch_in_the_form_chosen_for_it(stride):
     params = params_of(theirs, "conv.")["conv"]
     actual = quick_jit(Conv(4, stride=stride).apply)({"params": params}, nhwc(x))
     assert error(actual, nhwc(theirs(x))) < TOLERANCE
+
+
+def test_devices_with_a_part_of_the_batch_do_not_wait_for_each_other(monkeypatch):
+    monkeypatch.setattr(winograd, "pays", lambda *_: True)
+    mesh = sharding.data_mesh(4)
+    block = ResBlock(16, groups=4)
+    x = sharding.split_batch(jnp.ones((4, 8, 8, 16)), mesh)
+    params = sharding.replicate(block.init(jax.random.key(0), x), mesh)
+    compiled = jax.jit(block.apply).lower(params, x).compile().as_text()
+    assert "while" in compiled
+    assert not re.search("all-|collective", compiled)

@@ -7,13 +7,14 @@ import pytest
 from jax import lax
 
 from jaxgen.models import layers, winograd
+from jaxgen.models.norms import Affine, silu_of
 from tests.torch_oracle import error
 
 RNG = np.random.default_rng(0)
 
 
 def convolve(x, kernel, doubled=False):
-    return winograd.convolve(x, kernel, jnp.zeros(kernel.shape[-1:], x.dtype), (), doubled)
+    return winograd.convolve(x, kernel, jnp.zeros(kernel.shape[-1:], x.dtype), None, doubled)
 
 
 def plain(x, kernel, doubled=False):
@@ -73,7 +74,7 @@ def test_derivatives_in_both_modes_are_those_of_the_convolution(doubled):
 
 
 def normed(x, kernel, bias, *norm):
-    return plain(winograd.activate(x, norm), kernel) + bias
+    return plain(silu_of(x, Affine(*norm)), kernel) + bias
 
 
 @pytest.mark.parametrize("large", [0, 2**26], ids=["by strips", "whole"])
@@ -86,7 +87,7 @@ def test_norm_and_bias_are_those_of_the_layers_around_it(large, monkeypatch):
     args = (x, kernel, bias, *norm)
 
     def ours(x, kernel, bias, *norm):
-        return winograd.convolve(x, kernel, bias, norm)
+        return winograd.convolve(x, kernel, bias, Affine(*norm))
 
     assert error(ours(*args), normed(*args)) < 5e-6
 
