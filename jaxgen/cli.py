@@ -191,11 +191,17 @@ class Convert:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit code 2 and one line for bad input, 130 when stopped by hand."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack the letters of a name
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         _parse(arguments).run()
     except UserError as error:  # raised where a bad value enters; everything else is our bug
         print(f"jaxgen: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # who reads us has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:  # a full disk, a name too long, a folder that vanished
         print(f"jaxgen: {error}", file=sys.stderr)
         sys.exit(2)
@@ -259,7 +265,7 @@ def _lines(path: Path) -> list[str]:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts in {path}: {error}") from None
-    return [line for line in text.splitlines() if line.strip()]
+    return [line for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

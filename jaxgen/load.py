@@ -118,6 +118,9 @@ def open_model(
         tensors[name] = rename.by_path(released[name])
         expected = trees.shapes(getattr(model, name).init)
         files.report(_keys(trees.flatten(expected)), _keys(tensors[name]), f"{ref}: {name}")
+        whole = [p for p, tensor in tensors[name].items() if tensor.dtype not in files.FLOATS]
+        if whole:
+            raise UserError(f"{ref}: {name}: {rename.to_key(whole[0])} holds no floating numbers")
     return dataclasses.replace(model, name=str(ref)), tensors
 
 
@@ -273,19 +276,21 @@ def save(model: Model, params: Params, folder: str | Path) -> None:
     Tensors keep their dtype. Raises UserError if `folder` exists and is not empty, or cannot be
     written.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     check_new(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        beside = folder if folder.exists() else folder.parent
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=beside))
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
     try:
         _write(model, params, partial)
         os.chmod(partial, 0o755)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        if not folder.exists():
+            partial.rename(folder)
+        for child in sorted(partial.glob("*"), key=lambda p: p.name == "model_index.json"):
+            child.rename(folder / child.name)  # last, what makes it a model
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
     finally:
@@ -296,6 +301,9 @@ def check_new(folder: Path) -> None:
     """UserError if there is something at `folder` already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already; name a new or empty folder")
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"cannot write {folder}: {there} is not a folder one may write to")
 
 
 def _write(model: Model, params: Params, folder: Path) -> None:

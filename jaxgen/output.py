@@ -1,6 +1,8 @@
 """A folder of samples: pictures that carry their settings, a list of them, a grid."""
 
+import contextlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,28 @@ from jaxgen.denoiser import Model
 from jaxgen.request import Plan
 from jaxgen.types import Params, UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 GRID = 64  # pictures at most in grid.png
+
+
+def _lock(folder: Path) -> int | None:
+    """Holds a folder until the process ends, so that two runs never take the same numbers."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"another run is writing to {folder}; name another --out") from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 class Writer:
@@ -28,7 +51,9 @@ class Writer:
         self.folder, self.model, self.checked, self.dtype = folder, model, checked, dtype
         self.list = folder / "samples.jsonl"
         try:
+            self.made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
+            self.lock = _lock(folder)
             known = self.list.exists()
             self.list.open("a").close()
             if not known:  # until there is a picture to list
@@ -51,6 +76,11 @@ class Writer:
             if shown:
                 grid = images.grid(np.stack([shown[i] for i in sorted(shown)]))
                 images.save_png(self.folder / "grid.png", grid, f"{len(shown)} pictures")
+            elif self.made:
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
+            if self.lock is not None:
+                os.close(self.lock)
 
     def _write(self, index: int, image: np.ndarray) -> None:
         settings = self._settings(index)

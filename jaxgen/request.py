@@ -159,6 +159,8 @@ def _check_numbers(model: Model, request: Request) -> None:
             finite = False
         if not finite:
             raise UserError(f"{name} = {value!r} is not a finite number")
+        if abs(value or 0) > 1e4:
+            raise UserError(f"{name} = {value!r} is too large to mean anything")
     ranges: tuple[tuple[str, float, float], ...] = (
         ("steps", 1, grids.MAX_STEPS),
         ("count", 1, MAX_IMAGES // len(r.prompts)),

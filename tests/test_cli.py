@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
-from jaxgen import cli, generate
+from jaxgen import cli, generate, output
 from jaxgen.data import images, latents
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -296,6 +298,18 @@ BAD = {
         "noise.npy",
     ),
     "latents that promise petabytes": (boast, ["tiny", "--latents", "boast.npz"], "boast.npz"),
+    "latents with half a header": (
+        lambda: Path("noise.npy").write_bytes(
+            b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1,2"
+        ),
+        ["tiny", "--latents", "noise.npy"],
+        "noise.npy is damaged",
+    ),
+    "a seed whose model is a number": (
+        lambda: np.savez("s.npz", noise=np.zeros((1, 16, 16, 4), np.float32), model=3.0),
+        ["tiny", "--latents", "s.npz"],
+        "should be texts",
+    ),
     "a seed of another sampler": (
         lambda: np.savez("s.npz", noise=np.zeros((1, 16, 16, 4), np.float32), sampler="ddim"),
         ["tiny", "--latents", "s.npz"],
@@ -318,6 +332,7 @@ BAD = {
         "tokenizer/vocab.json",
     ),
     "interval upside down": (None, ["tiny", "--guidance-interval", "0.8,0.2"], "0.8,0.2"),
+    "guidance beyond float32": (None, ["tiny", "--guidance", "1e39"], "guidance = 1e+39"),
     "negative seed": (None, ["tiny", "--seed", "-1"], "seed = -1"),
 }
 
@@ -338,6 +353,47 @@ def test_bad_input_is_one_line_and_exit_code_2(here, capsys, case):
     assert lines[0].startswith("jaxgen: ")
     assert words in lines[0]
     assert not Path("samples").exists()  # nothing half-written
+
+
+def test_a_seed_file_may_hold_its_guidance_in_float32(here):
+    noise = np.zeros((1, 16, 16, 4), np.float32)
+    np.savez("seed.npz", noise=noise, guidance=np.float32(7.4))
+    sample("a fox", "--latents", "seed.npz", "--guidance", "7.4")
+    sample("a fox", "--latents", "seed.npz", "--guidance", "7.5", code=2)
+
+
+def test_two_runs_do_not_write_to_one_folder(here, capsys):
+    Path("out").mkdir()
+    other = output._lock(Path("out"))
+    sample("a fox", code=2)
+    assert "another run is writing to out" in capsys.readouterr().err
+    os.close(other)
+    sample("a fox")
+
+
+@pytest.mark.parametrize("place", [".", "link"])
+def test_convert_fills_the_empty_folder_one_is_in_or_a_link_to_one(place, here, monkeypatch):
+    source = Path("tiny").resolve()
+    Path("empty").mkdir()
+    Path("link").symlink_to("empty")
+    if place == ".":
+        monkeypatch.chdir("empty")
+    run("convert", str(source), place)
+    run("info", place)
+    assert sorted(p.name for p in Path(place).iterdir()) == sorted(
+        p.name for p in source.iterdir() if p.name != "README.md"
+    )
+
+
+def test_weights_that_are_whole_numbers_are_an_error(here, capsys):
+    path = Path("tiny/unet/diffusion_pytorch_model.safetensors")
+    tensors = safetensors.numpy.load_file(path)
+    key = "conv_in.bias"
+    tensors[key] = tensors[key].astype(np.int32)
+    path.unlink()
+    safetensors.numpy.save_file(tensors, path)
+    sample("a fox", code=2)
+    assert key in capsys.readouterr().err
 
 
 def test_an_option_that_does_not_exist_is_named_once(here, capsys):

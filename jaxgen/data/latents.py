@@ -1,5 +1,6 @@
 """Starting noise from files: a plain array, or a seed with the settings that it was found for."""
 
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,12 +36,16 @@ def read_latents(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
                 held = {name: archive[name] for name in archive.files}
             if "noise" not in held:
                 raise UserError(f"{path} holds no array named noise; is it a seed.npz?")
-            return held["noise"], {k: held[k].item() for k in SETTINGS if k in held}
+            settings = {k: held[k].item() for k in SETTINGS if k in held}
+            texts = [k for k in settings if isinstance(settings[k], str)]
+            if set(texts) != {"sampler", "model"} & set(settings):
+                raise UserError(f"{path}: its sampler and model should be texts, the rest numbers")
+            return held["noise"], settings
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged files raise whatever zipfile, zlib and ast do
         raise UserError(f"{path} is damaged or no file of latents: {error}") from None
     raise UserError(f"{path} is neither .npy (latents) nor .npz (a seed)")
 
@@ -51,7 +56,12 @@ def check_settings(path: Path, found: Mapping[str, Any], settings: Mapping[str, 
     wrong = [
         f"{name} {found[name]} (here {settings[name]})"
         for name in SETTINGS
-        if name in found and found[name] != settings[name]
+        if name in found and not _same(found[name], settings[name])
     ]
     if wrong:
         raise UserError(f"{path} was found under {', '.join(wrong)}; use the same")
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, or equal as numbers of float32."""
+    return a == b or (not isinstance(a, str) and math.isclose(a, b, rel_tol=1e-6))

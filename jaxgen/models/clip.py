@@ -223,7 +223,7 @@ class TextEncoder:
         """From the object in a `config.json`; UserError for what is unknown or not supported."""
         if data.get("model_type", "clip_text_model") != "clip_text_model":
             raise UserError(f"{where}: model_type {data['model_type']!r} is no CLIP text encoder")
-        projected = "CLIPTextModelWithProjection" in (data.get("architectures") or ())
+        projected = "CLIPTextModelWithProjection" in str(data.get("architectures"))
         return TextEncoder(config.parse(TextConfig, data, FIXED, where), projected)
 
     def init(self, key: Array) -> Params:

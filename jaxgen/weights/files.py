@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -72,6 +72,9 @@ _DTYPES = {
 }
 
 
+FLOATS = tuple(_DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
+
+
 def open_file(path: Path) -> Tensors:
     """The tensors of one safetensors file, by key; no values are read yet.
 
@@ -87,33 +90,48 @@ def open_file(path: Path) -> Tensors:
             "(diffusers: load it and save_pretrained(..., safe_serialization=True))"
         )
     try:
-        with safe_open(path, "np") as file:  # checks every name, shape and offset
-            keys = list(file.keys())
-        with path.open("rb") as raw:
-            start = 8 + int.from_bytes(raw.read(8), "little")
-            header = json.loads(raw.read(start - 8))
+        file = path.open("rb")  # kept: what is put in its place later is not read
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.is_file() else 0
-        what = "is empty" if size == 0 else f"is damaged, truncated or not safetensors ({error})"
-        raise UserError(f"{path} {what}; download it again") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    seen = _state(file)
+    try:
+        with safe_open(path, "np") as checked:  # every name, shape and offset
+            keys = list(checked.keys())
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+        found = {
+            k: (header[k]["dtype"], tuple(header[k]["shape"]), header[k]["data_offsets"][0])
+            for k in keys
+        }
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+        what = "is damaged, truncated or not safetensors" if seen[0] else "is empty"
+        raise UserError(f"{path} {what} ({error}); download it again") from None
 
     def tensor(key: str) -> Tensor:
-        name, shape = header[key]["dtype"], tuple(header[key]["shape"])
+        name, shape, offset = found[key]
         if name not in _DTYPES:
             raise UserError(f"{path}: tensor {key} has dtype {name}, which is not supported")
-        dtype, offset = _DTYPES[name], start + header[key]["data_offsets"][0]
+        dtype = _DTYPES[name]
 
         def read(index: Slices) -> np.ndarray:
+            if _state(file) != seen:
+                raise UserError(f"{path} changed while it was read; try again")
             if 0 in shape:  # nothing cannot be mapped
                 return np.empty(shape, dtype)[index]
             # Mapped anew each time: what was read is given back to the system with the array.
-            return np.memmap(path, dtype, "r", offset, shape)[index]
+            return np.memmap(file, dtype, "r", start + offset, shape)[index]
 
         return Tensor(shape, dtype, read)
 
     return {key: tensor(key) for key in keys}
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    """Size and time of the last change."""
+    now = os.fstat(file.fileno())
+    return now.st_size, now.st_mtime_ns
 
 
 def open_folder(folder: Path, stem: str, variant: str = "") -> Tensors:
@@ -157,7 +175,11 @@ def _open_shards(index: Path) -> Tensors:
     absent = [key for key, name in weight_map.items() if key not in shards[name]]
     if absent:
         raise UserError(f"{index} promises {len(absent)} tensors its shards lack: {absent[0]} ...")
-    return {key: tensor for shard in shards.values() for key, tensor in shard.items()}
+    for name, shard in shards.items():
+        unnamed = [key for key in shard if weight_map.get(key) != name]
+        if unnamed:
+            raise UserError(f"{index} does not say that {unnamed[0]} is in {name}, where it is")
+    return {key: shards[name][key] for key, name in weight_map.items()}
 
 
 def save_folder(
@@ -188,7 +210,12 @@ def save_folder(
             name = f"{stem}-{i:05}-of-{len(shards):05}.safetensors"
         weight_map |= dict.fromkeys(shard, name)
         values = {k: np.asarray(f(), order="C") for k, f in shard.items()}
-        save_file(values, folder / name, metadata)
+        try:
+            # Beside it first: the values may be views of the file that this one replaces.
+            save_file(values, folder / f".{name}", metadata)
+            os.replace(folder / f".{name}", folder / name)
+        except SafetensorError as error:  # a full disk among others
+            raise UserError(f"cannot write {folder / name}: {error}") from None
         os.chmod(folder / name, 0o644)
     whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if len(shards) > 1:

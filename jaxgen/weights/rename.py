@@ -9,6 +9,7 @@ with its axes in Flax's order, the `embedding` of a table or the `scale` of a no
 import re
 from collections.abc import Mapping
 
+from jaxgen.types import UserError
 from jaxgen.weights.files import Tensor, Tensors
 
 # Kernels: PyTorch has (out, in) and (O, I, H, W), Flax (in, out) and (H, W, I, O).
@@ -44,7 +45,7 @@ def to_flax(path: str, tensor: Tensor) -> Tensor:
 
 def modern_vae(tensors: Tensors) -> Tensors:
     """A VAE whose attention is named as in old files (`query`, `proj_attn`), or has 1x1 kernels."""
-    out = {}
+    out: Tensors = {}
     for key, tensor in tensors.items():
         new = re.sub(
             r"(mid_block\.attentions\.0\.)(query|key|value|proj_attn)\.",
@@ -53,30 +54,38 @@ def modern_vae(tensors: Tensors) -> Tensors:
         )
         if ".attentions." in new and tensor.shape[2:] == (1, 1):
             tensor = tensor.squeezed()
-        out[new] = tensor
+        _add(out, new, tensor)
     return out
 
 
 def prefixed_text(tensors: Tensors) -> Tensors:
     """A text encoder's keys with the `text_model.` that transformers 5 leaves out."""
-    out = {}
+    out: Tensors = {}
     for key, tensor in tensors.items():
         if key.endswith("embeddings.position_ids"):
             continue  # a buffer of old files, 0..76
         if not key.startswith(("text_model.", "text_projection.")):
             key = f"text_model.{key}"
-        out[key] = tensor
+        _add(out, key, tensor)
     return out
+
+
+def _add(tensors: Tensors, key: str, tensor: Tensor) -> None:
+    if key in tensors:
+        raise UserError(f"{key} is there twice, under an old name and a new one")
+    tensors[key] = tensor
 
 
 def by_path(tensors: Mapping[str, Tensor]) -> Tensors:
     """Released tensors under their paths, axes in Flax's order."""
-    out = {}
+    out: Tensors = {}
     for key, tensor in tensors.items():
         path = to_path(key, len(tensor.shape))
         if path.endswith("/kernel") and len(tensor.shape) not in TO_FLAX:
             path = f"{path} ({len(tensor.shape)} axes)"  # fits nothing; the report names it
             out[path] = tensor
+        elif to_key(path) != key:  # a name that no released file has
+            out[f"{key} (no such name)"] = tensor
         else:
             out[path] = to_flax(path, tensor)
     return out

@@ -169,7 +169,13 @@ def good_bytes():
     return safetensors.numpy.save({"x": np.arange(100, dtype=np.float32)})
 
 
+def with_header(header):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(64)
+
+
 BAD = {
+    "a list for a tensor": (with_header({"x": ["F32", [16], [0, 64]]}), "not safetensors"),
     "empty": (b"", "is empty"),
     "truncated data": (good_bytes()[:-50], "truncated"),
     "truncated header": (good_bytes()[:20], "truncated"),
@@ -186,6 +192,38 @@ def test_a_damaged_file_is_an_error_of_one_line_that_names_it(case, tmp_path):
     with pytest.raises(UserError) as error:
         files.open_file(tmp_path / "bad.safetensors")
     one_line(error, "bad.safetensors", words)
+
+
+def test_a_file_replaced_after_opening_is_read_as_it_was(tmp_path):
+    safetensors.numpy.save_file({"x": np.ones(9, np.float32)}, tmp_path / "model.safetensors")
+    tensor = files.open_file(tmp_path / "model.safetensors")["x"]
+    safetensors.numpy.save_file({"x": np.zeros(99)}, tmp_path / "other")
+    (tmp_path / "other").replace(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(tensor.numpy(), np.ones(9, np.float32))
+
+
+def test_a_file_changed_after_opening_is_an_error(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file({"x": np.ones(9, np.float32)}, path)
+    tensor = files.open_file(path)["x"]
+    with path.open("r+b") as file:
+        file.truncate(40)
+    with pytest.raises(UserError) as error:
+        tensor.numpy()
+    one_line(error, "model.safetensors changed")
+
+
+def test_a_tensor_in_a_shard_that_the_index_does_not_name_is_an_error(tmp_path):
+    for i, value in enumerate((np.ones(2), np.zeros(2))):
+        safetensors.numpy.save_file({"x": value}, tmp_path / f"m-{i}.safetensors")
+    index = {"weight_map": {"x": "m-0.safetensors", "y": "m-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError):
+        files.open_folder(tmp_path, "model")
+    safetensors.numpy.save_file({"x": np.ones(2), "y": np.ones(2)}, tmp_path / "m-1.safetensors")
+    with pytest.raises(UserError) as error:
+        files.open_folder(tmp_path, "model")
+    one_line(error, "x is in m-1.safetensors")
 
 
 def test_an_absent_file_is_an_error_of_one_line(tmp_path):

@@ -11,6 +11,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from jaxgen.types import UserError
 from jaxgen.weights import rename
 from jaxgen.weights.files import Tensor
 
@@ -132,3 +133,15 @@ def test_text_encoders_read_alike_with_and_without_their_prefix(prefix):
 
 def test_a_weight_of_no_known_rank_fits_nothing():
     assert "(3 axes)" in next(iter(rename.by_path(tensors(a__weight=np.ones((1, 2, 3))))))
+
+
+@pytest.mark.parametrize("key", ["conv_in.kernel", "conv_in/weight", "norm.scale", "a.embedding"])
+def test_a_name_that_no_released_file_has_fits_nothing(key):
+    given = tensors(x=np.ones((2, 2)))["x"]
+    assert list(rename.by_path({key: given})) == [f"{key} (no such name)"]
+
+
+def test_a_tensor_under_an_old_name_and_a_new_one_is_an_error():
+    given = tensors(x=np.ones(2))["x"]
+    with pytest.raises(UserError, match="twice"):
+        rename.prefixed_text({"a.bias": given, "text_model.a.bias": given})
