@@ -60,7 +60,7 @@ def plain(x: Array, kernel: Array, doubled: bool = False) -> Array:
 
 
 def tiled(x: Array, kernel: Array, doubled: bool = False) -> Array:
-    return winograd.convolve(x, kernel, jnp.zeros(kernel.shape[-1:]), (), doubled)
+    return winograd.convolve(x, kernel, jnp.zeros(kernel.shape[-1:]), None, doubled)
 
 
 def patches(x: Array, kernel: Array) -> Array:

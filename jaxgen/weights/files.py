@@ -176,10 +176,10 @@ def _open_shards(index: Path) -> Tensors:
     if absent:
         raise UserError(f"{index} promises {len(absent)} tensors its shards lack: {absent[0]} ...")
     for name, shard in shards.items():
-        unnamed = [key for key in shard if weight_map.get(key) != name]
-        if unnamed:
-            raise UserError(f"{index} does not say that {unnamed[0]} is in {name}, where it is")
-    return {key: shards[name][key] for key, name in weight_map.items()}
+        elsewhere = [key for key in shard if weight_map.get(key, name) != name]
+        if elsewhere:
+            raise UserError(f"{index} says {elsewhere[0]} is not in {name}, where there is one too")
+    return {key: tensor for shard in shards.values() for key, tensor in shard.items()}
 
 
 def save_folder(

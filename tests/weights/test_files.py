@@ -213,7 +213,7 @@ def test_a_file_changed_after_opening_is_an_error(tmp_path):
     one_line(error, "model.safetensors changed")
 
 
-def test_a_tensor_in_a_shard_that_the_index_does_not_name_is_an_error(tmp_path):
+def test_a_tensor_that_is_in_two_shards_is_an_error(tmp_path):
     for i, value in enumerate((np.ones(2), np.zeros(2))):
         safetensors.numpy.save_file({"x": value}, tmp_path / f"m-{i}.safetensors")
     index = {"weight_map": {"x": "m-0.safetensors", "y": "m-1.safetensors"}}
@@ -223,7 +223,7 @@ def test_a_tensor_in_a_shard_that_the_index_does_not_name_is_an_error(tmp_path):
     safetensors.numpy.save_file({"x": np.ones(2), "y": np.ones(2)}, tmp_path / "m-1.safetensors")
     with pytest.raises(UserError) as error:
         files.open_folder(tmp_path, "model")
-    one_line(error, "x is in m-1.safetensors")
+    one_line(error, "x is not in m-1.safetensors")
 
 
 def test_an_absent_file_is_an_error_of_one_line(tmp_path):
