@@ -271,7 +271,7 @@ def _check(model: Model) -> None:
 
 
 def save(model: Model, params: Params, folder: str | Path) -> None:
-    """Writes a folder that diffusers loads, all of it or nothing.
+    """Writes a folder that diffusers loads, all or nothing; into an empty one, the index last.
 
     Tensors keep their dtype. Raises UserError if `folder` exists and is not empty, or cannot be
     written.

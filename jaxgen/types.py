@@ -52,8 +52,8 @@ def at_least_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-# Without it, accelerators multiply float32 numbers with 8 or 10 bits of mantissa; bfloat16 is no
-# slower with it. Decorates whatever applies a network.
+# Without it, accelerators may multiply float32 numbers with 8 or 10 bits of mantissa.
+# Decorates whatever applies a network. Not measured on an accelerator yet.
 full_precision = jax.default_matmul_precision("float32")
 
 

@@ -68,7 +68,7 @@ def test_derivatives_in_both_modes_are_those_of_the_convolution(doubled):
         return jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (0, 1))(*args)
 
     for ours, theirs in zip(*map(slope, forms), strict=True):
-        assert error(ours, theirs) < 2e-5
+        assert error(ours, theirs) < 1e-5
     ours, theirs = (jax.jvp(f, args, directions)[1] for f in forms)
     assert error(ours, theirs) < 2e-6
 
@@ -95,7 +95,7 @@ def test_norm_and_bias_are_those_of_the_layers_around_it(large, monkeypatch):
         return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), range(6)))(*args)
 
     for got, expected in zip(slopes(ours), slopes(normed), strict=True):
-        assert error(got, expected) < 2e-5
+        assert error(got, expected) < 1e-5
 
 
 def test_what_does_not_learn_costs_no_convolution():
