@@ -1,7 +1,8 @@
 """Controllable, personalised Stable Diffusion in JAX and Flax."""
 
 from jaxgen.generate import sample
-from jaxgen.load import load, save
+from jaxgen.load import load
+from jaxgen.save import save
 from jaxgen.types import UserError
 
 __all__ = ["UserError", "load", "sample", "save"]

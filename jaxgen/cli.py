@@ -17,8 +17,9 @@ from tyro.conf import Positional
 from jaxgen import generate, request
 from jaxgen.data import images, latents
 from jaxgen.denoiser import Model
-from jaxgen.load import DTYPES, check_new, describe, load, open_model, read_params, save
+from jaxgen.load import DTYPES, describe, load, open_model, read_params
 from jaxgen.output import Writer
+from jaxgen.save import check_new, save
 from jaxgen.types import UserError
 
 Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]

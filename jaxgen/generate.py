@@ -17,11 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxgen import denoiser, sharding
+from jaxgen import conditioning, denoiser, sharding
 from jaxgen.denoiser import Model
 from jaxgen.diffusion import grids, samplers
 from jaxgen.diffusion import guidance as guidances
-from jaxgen.models.clip import TextEncoder
 from jaxgen.models.tiling import decode_tiled
 from jaxgen.models.unet import UNet
 from jaxgen.models.vae import VAE
@@ -84,7 +83,7 @@ def run(
     batch = checked.request.batch or devices * (1 if jax.default_backend() == "cpu" else 4)
     batch = -(-min(batch, checked.total) // devices) * devices
     params = sharding.replicate(params, mesh)
-    pictures = sharding.replicate(encode_pictures(model, params, checked), mesh)
+    pictures = sharding.replicate(conditioning.encode_pictures(model, params, checked), mesh)
     batches = list(_batches(checked, batch))
     with tqdm(total=len(batches) * checked.calls, unit="step", disable=not progress) as bar:
         for indices in batches:
@@ -115,15 +114,6 @@ def _filled(indices: list[int], batch: int) -> list[int]:
     return indices + indices[-1:] * (batch - len(indices))
 
 
-class Guidance(NamedTuple):
-    """How the branches of a batch are combined; the number of scales says how many there are."""
-
-    scales: Array  # [G - 1]
-    rescale: Array  # []
-    low: Array  # [] fraction of the run where guidance starts to act
-    high: Array  # [] and stops
-
-
 class Blend(NamedTuple):
     """What stays, in inpainting with a UNet that knows no masks."""
 
@@ -132,37 +122,11 @@ class Blend(NamedTuple):
     noise: Array  # [B, h, w, C] with which they are noised
 
 
-class Pictures(NamedTuple):
-    """What a plan's image and mask are to the network, encoded once; empty without them."""
-
-    known: tuple[Array, ...] = ()  # [1, h, w, C] clean latents that the run starts from
-    mask: tuple[Array, ...] = ()  # [1, h, w, 1], 1 where repainted
-    channels: tuple[Array, ...] = ()  # [1, h, w, C'] what the UNet reads beside x
-
-
-def encode_pictures(model: Model, params: Params, checked: Plan) -> Pictures:
-    """The latents of a plan's image: as a start, as what stays, or as further input channels."""
-    if not checked.image.size:
-        return Pictures()
-    encode = partial(encode_image, params["vae"], vae=model.vae)
-    image = unit(checked.image)
-    if checked.edits:  # such models read the latents unscaled
-        return Pictures(channels=(encode(image) / model.vae.config.scaling_factor,))
-    known = () if checked.from_noise and checked.inpaints else (encode(image),)
-    if not checked.mask.size:
-        return Pictures(known)
-    mask = jnp.asarray(checked.mask[None, :, :, None], jnp.float32)
-    if not checked.inpaints:
-        return Pictures(known, (mask,))
-    hidden = encode(image * ~checked.pixel_mask[None, :, :, None])
-    return Pictures(known, channels=(jnp.concatenate([mask, hidden], -1),))
-
-
 def _denoise(
     model: Model,
     params: Params,
     checked: Plan,
-    pictures: Pictures,
+    pictures: conditioning.Pictures,
     indices: list[int],
     mesh: Mesh,
     bar: tqdm,
@@ -170,7 +134,7 @@ def _denoise(
     """One batch from noise to clean latents [B, h, w, C]."""
     request, start = checked.request, checked.start
     noise, keys = _noise(checked, indices, mesh)
-    guidance, inputs = condition(model, params, checked, pictures, indices, mesh)
+    guidance, inputs = conditioning.condition(model, params, checked, pictures, indices, mesh)
     cache = prepare(params, inputs, unet=model.unet)
 
     points = sharding.replicate(grids.pad(checked.grid.points), mesh)
@@ -223,76 +187,6 @@ def draw(seed: Array, number: Array, shape: tuple[int, ...]) -> tuple[Array, Arr
     return jax.vmap(one)(number)
 
 
-def condition(
-    model: Model,
-    params: Params,
-    checked: Plan,
-    pictures: Pictures,
-    indices: list[int],
-    mesh: Mesh,
-) -> tuple[Guidance, Inputs]:
-    """The branches of guidance and their inputs, side by side for each image: [B * G, ...].
-
-    Least conditioned first: (negative, prompt); for editing (nothing, image, image and prompt).
-    """
-    request = checked.request
-    distilled = bool(model.unet.config.time_cond_proj_dim)  # reads the scale as an input
-    guided = request.guidance > 1 and not distilled
-    rows = [0, 1] if guided else [1]  # of each text: 0 is the negative
-    scales = [request.guidance] if guided else []
-    if guided and checked.edits:
-        rows, scales = [0, 0, 1], [checked.image_guidance, request.guidance]
-
-    texts = [checked.texts[i // request.count] for i in indices]
-    ids, weights = (np.concatenate([pair[j][rows] for pair in texts]) for j in (0, 1))
-    ids, weights = sharding.split_batch((ids, weights), mesh)
-    encode = partial(encode_text, params["text_encoder"], ids, weights, encoder=model.text_encoder)
-    text = encode(skip=request.clip_skip)
-    if request.clip_skip and guided:  # as in diffusers, of the prompt alone
-        negative = np.tile(np.array(rows) == 0, len(indices))
-        text = jnp.where(negative[:, None, None], encode(), text)
-    inputs = Inputs(text, concat=_channels(checked, pictures, len(indices), len(rows)))
-    if distilled:
-        inputs = inputs._replace(guidance=(jnp.full(len(ids), request.guidance, jnp.float32),))
-    low, high = request.guidance_interval
-    numbers = (np.asarray(n, np.float32) for n in (scales, request.rescale, low, high))
-    guidance = Guidance(*numbers)  # type: ignore[arg-type]
-    return sharding.replicate(guidance, mesh), inputs
-
-
-def _channels(checked: Plan, pictures: Pictures, images: int, branches: int) -> tuple[Array, ...]:
-    """The further channels for every branch of every image, [B * G, h, w, C'] or nothing."""
-    out = []
-    for channels in pictures.channels:
-        rows = jnp.repeat(channels, branches, 0)
-        if checked.edits and branches > 1:
-            rows = rows.at[0].set(0)  # the least conditioned branch sees no image
-        out.append(jnp.tile(rows, (images, 1, 1, 1)))
-    return tuple(out)
-
-
-@partial(jax.jit, static_argnames=("encoder", "skip"))
-def encode_text(
-    params: Params, ids: Array, weights: Array, *, encoder: TextEncoder, skip: int = 0
-) -> Array:
-    """Token ids and weights [R, n, T] -> embeddings [R, n * T, C].
-
-    Weights multiply the embeddings of their tokens; then each row's mean is restored.
-    """
-    rows, chunks, length = ids.shape
-    tokens, _ = encoder.apply(params, ids.reshape(-1, length), skip)
-    tokens = tokens.reshape(rows, chunks * length, -1)
-    weighted = tokens * weights.reshape(rows, -1, 1)
-    mean, changed = (jnp.mean(t, (1, 2), keepdims=True) for t in (tokens, weighted))
-    return weighted * (mean / jnp.where(changed == 0, 1, changed))
-
-
-@partial(jax.jit, static_argnames="vae")
-def encode_image(params: Params, image: Array, *, vae: VAE) -> Array:
-    """[1, H, W, 3] in [-1, 1] -> latents [1, h, w, C], the posterior mean."""
-    return vae.encode(params, image)
-
-
 @partial(jax.jit, static_argnames="unet")
 def prepare(params: Params, inputs: Inputs, *, unet: UNet) -> Cache:
     """What does not depend on time, once per batch."""
@@ -307,7 +201,7 @@ def advance(
     points: Point,
     span: tuple[Array, Array, Array],
     keys: Array | None,
-    guidance: Guidance,
+    guidance: conditioning.Guidance,
     blend: tuple[Blend, ...],
     *,
     unet: UNet,
@@ -349,11 +243,6 @@ def finish(model: Model, params: Params, latents: Array, output: str) -> np.ndar
 def decode(params: Params, latents: Array, *, vae: VAE) -> Array:
     """[B, h, w, C] -> [B, H, W, 3] about [-1, 1]."""
     return vae.decode(params, latents)
-
-
-def unit(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] -> float32 [1, H, W, 3] in [-1, 1]."""
-    return (image.astype(np.float32) / 255 * 2 - 1)[None]
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

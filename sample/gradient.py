@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgen
-from jaxgen import denoiser, generate, request, sharding
+from jaxgen import conditioning, denoiser, generate, request, sharding
 from jaxgen.diffusion import grids, guidance, samplers
 from jaxgen.types import Array, Params
 
@@ -22,9 +22,9 @@ def main(folder: str, prompt: str) -> None:
     model, params = jaxgen.load(folder)
     asked = request.Request(prompts=[prompt], sampler="ddim", steps=8)
     plan = request.plan(model, asked)
-    pictures = generate.Pictures()  # none: text to image
+    pictures = conditioning.Pictures()  # none: text to image
     mesh = sharding.data_mesh(1)
-    scales, inputs = generate.condition(model, params, plan, pictures, [0], mesh)
+    scales, inputs = conditioning.condition(model, params, plan, pictures, [0], mesh)
     grid = grids.grid(plan.schedule, asked.steps).points
 
     def brightness(noise: Array, params: Params) -> Array:
