@@ -442,7 +442,14 @@ def test_a_hub_id_offline_says_what_to_do(here, capsys, monkeypatch):
 def test_ctrl_c_leaves_only_finished_images(here):
     command = [sys.executable, "-m", "jaxgen", "sample", "a fox", "--model", "tiny"]
     command += ["--count", "500", "--batch", "1", "--out", "out"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Whatever a background shell starts ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not Path("out/00001.png").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
