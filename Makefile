@@ -27,7 +27,7 @@ lint: .venv/test.stamp
 # torch first and alone: a resolver that sees it among others may choose a build with CUDA.
 .venv/test.stamp: .venv/core.stamp
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[test]'
+	$(BIN)/pip install --quiet --editable '.[test,train]'
 	@touch $@
 
 clean:

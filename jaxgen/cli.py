@@ -8,13 +8,14 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional
 
-from jaxgen import generate, request
+from jaxgen import generate, request, sharding
 from jaxgen.data import images, latents
 from jaxgen.denoiser import Model
 from jaxgen.load import DTYPES, describe, load, open_model, read_params
@@ -111,7 +112,9 @@ class Sample:
             self._refuse_branches(model)
             checked = request.plan(model, self._request(model))
             writer = Writer(self.out, model, checked, self.dtype)
-        params = read_params(model, tensors, self.dtype, generate.mesh_for(checked))
+        params = read_params(
+            tensors, self.dtype, sharding.by_rules(generate.mesh_for(checked))
+        )
         writer.write_all(params)
         made = "1 picture is" if writer.count == 1 else f"{writer.count} pictures are"
         print(f"{made} in {self.out}; see {self.out / 'grid.png'}")
@@ -190,6 +193,37 @@ class Convert:
         print(f"{self.src} is now in {self.dst}")
 
 
+@dataclass(frozen=True)
+class Train:
+    """Train a model, or go on with a run that was stopped.
+
+    jaxgen train configs/mini.py --data.source FOLDER --steps 500
+
+    jaxgen train configs/mini.py --help      # everything that a config states
+
+    Checkpoints, metrics.jsonl, TensorBoard files and samples go to the config's folder `out`; in
+    the end its `model` is a folder that `jaxgen sample --model` and diffusers load. SIGTERM and
+    Ctrl-C save first; the same command goes on from there.
+    """
+
+    config: Positional[Path]
+    """A Python file that states `config = Train(...)`, as those in configs/ do."""
+    options: Positional[tuple[str, ...]] = ()
+    """--field value, for any field of the config, as in --optimizer.learning-rate 3e-4."""
+
+    def run(self) -> None:
+        """Reads the config, then trains."""
+        from jaxgen.training import configs, loop  # what only training needs is slow to import
+
+        recipe = configs.read(self.config, self.options, partial(_tyro, prog="jaxgen train"))
+        _use_compile_cache()
+        folder = loop.train(recipe)
+        if folder:
+            print(f"the model is in {folder}; jaxgen sample PROMPT --model {folder}")
+        else:
+            print(f"stopped and saved in {recipe.out}; the same command goes on from there")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit code 2 and one line for bad input, 130 when stopped by hand."""
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack the letters of a name
@@ -211,18 +245,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _parse(arguments: Sequence[str] | None) -> Sample | Info | Convert:
-    """The command line as a command. What tyro says of a mistake becomes one line."""
+def _parse(arguments: Sequence[str] | None) -> Sample | Train | Info | Convert:
+    """The command line as a command."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["train"] and given[1:2] and not given[1].startswith("-"):
+        return Train(Path(given[1]), tuple(given[2:]))  # its options depend on the config
+    return _tyro(
+        Sample | Train | Info | Convert,
+        args=given,
+        prog="jaxgen",
+        description="Controllable, personalised Stable Diffusion in JAX.",
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
+
+
+def _tyro(*args: Any, **kwargs: Any) -> Any:
+    """tyro.cli; what it says of a mistake becomes one line."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                Sample | Info | Convert,
-                args=arguments,
-                prog="jaxgen",
-                description="Controllable, personalised Stable Diffusion in JAX.",
-                config=(tyro.conf.OmitSubcommandPrefixes,),
-            )
+            return tyro.cli(*args, **kwargs)
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgen import config, sharding, trees
+from jaxgen import config, sharding, trees, zoo
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.denoiser import Model
 from jaxgen.models.clip import TextEncoder
@@ -78,7 +78,8 @@ def load(
     """A Stable Diffusion and its parameters, ready to sample.
 
     Args:
-        ref: a folder in the diffusers layout, a hub id, or a single safetensors file.
+        ref: a folder in the diffusers layout, a hub id, a single safetensors file, or
+            `fresh:NAME`, an architecture of the zoo with random parameters.
         dtype: "f32" or "bf16", of the parameters and so of the computation; None keeps each
             tensor's own (float64 becomes float32).
         variant: e.g. "fp16", to choose among the files of a folder.
@@ -93,7 +94,7 @@ def load(
         UserError: one line that names what is missing, damaged or not supported.
     """
     model, tensors = open_model(ref, variant, prediction)
-    return model, read_params(model, tensors, dtype, mesh, rules)
+    return model, read_params(tensors, dtype, sharding.by_rules(mesh, rules))
 
 
 def open_model(
@@ -102,14 +103,15 @@ def open_model(
     """A model and its tensors by part and path: names and shapes are checked, no values read."""
     if prediction not in (None, *PREDICTIONS):
         raise UserError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
+    if str(ref).startswith(zoo.PREFIX):
+        model = _open_fresh(str(ref))
+        return _predicting(model, prediction), {n: zoo.fresh(getattr(model, n), n) for n in PARTS}
     path = find(ref, variant)
     if path.is_file():
         model, released = _open_single(path, prediction)
     else:
         model, released = _open_folder(path, variant)
-    if prediction:
-        scheduler = {**model.scheduler, "prediction_type": prediction}
-        model = dataclasses.replace(model, scheduler=scheduler)
+    model = _predicting(model, prediction)
     tensors = {}
     for name in PARTS:
         tensors[name] = rename.by_path(released[name])
@@ -121,21 +123,27 @@ def open_model(
     return dataclasses.replace(model, name=str(ref)), tensors
 
 
+def _predicting(model: Model, prediction: str | None) -> Model:
+    if not prediction:
+        return model
+    scheduler = {**model.scheduler, "prediction_type": prediction}
+    return dataclasses.replace(model, scheduler=scheduler)
+
+
 def read_params(
-    model: Model,
     tensors: Mapping[str, Tensors],
     dtype: str | None = "f32",
-    mesh: Mesh | None = None,
-    rules: sharding.Rules = (),
+    layout: sharding.Layout | None = None,
 ) -> Params:
-    """The tensors of `open_model` as parameters on their devices; arguments as in `load`."""
+    """The tensors of `open_model` as parameters, of a dtype as in `load`, where a layout says."""
+    layout = layout or sharding.by_rules(None)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     kind = DTYPES[dtype] if dtype else None
     params = {}
     with ThreadPoolExecutor(4) as pool:  # copying and turning axes is most of the time
         for name, part in tensors.items():
-            where = [sharding.of_path(f"{name}/{path}", mesh, rules) for path in part]
+            where = [layout(f"{name}/{path}", tensor.shape) for path, tensor in part.items()]
             placed = pool.map(lambda t, w: place(t, kind, w), part.values(), where)
             params[name] = trees.unflatten(dict(zip(part, placed)))
     return params
@@ -237,6 +245,15 @@ def _open_single(path: Path, prediction: str | None) -> tuple[Model, dict[str, T
     )
     _check(model)
     return model, tensors
+
+
+def _open_fresh(ref: str) -> Model:
+    configs = zoo.configs(ref)
+    networks = {name: part.read(configs[name], f"{ref}: {name}") for name, part in PARTS.items()}
+    tokenizer = Tokenizer.read(CLIP_TOKENIZER, pad="<|endoftext|>")
+    model = Model(**networks, tokenizer=tokenizer, scheduler=configs["scheduler"], name=ref)
+    _check(model)
+    return model
 
 
 def pipeline_of(unet: UNet) -> str:

@@ -38,6 +38,18 @@ def map_with_path(f: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> Para
     return unflatten({path: f(path, leaf) for path, leaf in flatten(tree).items()})
 
 
+def split(tree: Mapping[str, Any], chosen: Callable[[str], bool]) -> tuple[Params, Params]:
+    """The leaves whose path is chosen, and the others."""
+    flat = flatten(tree)
+    picked = {path: leaf for path, leaf in flat.items() if chosen(path)}
+    return unflatten(picked), unflatten({p: leaf for p, leaf in flat.items() if p not in picked})
+
+
+def combine(*trees: Mapping[str, Any]) -> Params:
+    """Trees of different leaves as one; the inverse of `split`."""
+    return unflatten({path: leaf for tree in trees for path, leaf in flatten(tree).items()})
+
+
 def size(tree: Any) -> int:
     """Number of parameters; leaves may be shapes."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

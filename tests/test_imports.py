@@ -13,10 +13,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 # design.md, "The house": a floor imports from floors below it, never from beside or above.
 FLOORS = [
     ["types"],
-    ["trees", "config", "sharding"],
+    ["trees", "config", "sharding", "flops"],
     ["models", "diffusion", "adapters", "weights", "data"],
     ["denoiser"],
-    ["request"],
+    ["request", "zoo"],
     ["load", "conditioning"],
     ["save", "generate", "tasks"],
     ["output", "training"],

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.diffusion.schedule import Schedule, alphas_cumprod
-from jaxgen.types import Array, UserError, at_least_float32
+from jaxgen.types import Array, Point, UserError, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Objective:
 
 
 class Draw(NamedTuple):
-    """What chance brings to a batch."""
+    """What chance brings to a batch; to each example by a key of its own."""
 
     time: Array  # [B] integer, of the schedule
     noise: Array  # [B, h, w, C] standard normal
@@ -59,15 +59,19 @@ class Question(NamedTuple):
     weight: Array  # [B]
 
 
-def draw(key: Array, shape: tuple[int, ...], steps: int) -> Draw:
-    """Times in [0, steps) and noise for latents of a shape [B, h, w, C]."""
-    time, noise, offset, perturbation = jax.random.split(key, 4)
-    return Draw(
-        jax.random.randint(time, shape[:1], 0, steps),
-        jax.random.normal(noise, shape),
-        jax.random.normal(offset, (shape[0], 1, 1, shape[-1])),
-        jax.random.normal(perturbation, shape),
-    )
+def draw(keys: Array, shape: tuple[int, ...], steps: int) -> Draw:
+    """Keys [B] -> times in [0, steps) and noise for latents of a shape (h, w, C)."""
+
+    def one(key: Array) -> Draw:
+        time, noise, offset, perturbation = jax.random.split(key, 4)
+        return Draw(
+            jax.random.randint(time, (), 0, steps),
+            jax.random.normal(noise, shape),
+            jax.random.normal(offset, (1, 1, shape[-1])),
+            jax.random.normal(perturbation, shape),
+        )
+
+    return jax.vmap(one)(keys)
 
 
 def ask(objective: Objective, latents: Array, chance: Draw) -> Question:
@@ -76,8 +80,12 @@ def ask(objective: Objective, latents: Array, chance: Draw) -> Question:
         jnp.asarray(table, latents.dtype)[chance.time] for table in tables(objective)
     )
     signal, sigma = (a[:, None, None, None] for a in (signal, noise))
-    eps = chance.noise + objective.offset_noise * chance.offset
-    x = signal * latents + sigma * (eps + objective.input_perturbation * chance.perturbation)
+    eps = heard = chance.noise
+    if objective.offset_noise:
+        eps = heard = eps + objective.offset_noise * chance.offset
+    if objective.input_perturbation:
+        heard = eps + objective.input_perturbation * chance.perturbation
+    x = signal * latents + sigma * heard
     target = {
         "epsilon": eps,
         "v_prediction": signal * eps - sigma * latents,
@@ -99,6 +107,12 @@ def tables(objective: Objective) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         share = {"epsilon": ratio, "v_prediction": ratio + 1, "sample": np.ones_like(ratio)}
         weight = clipped / share[objective.schedule.prediction_type]
     return np.sqrt(power), np.sqrt(1 - power), weight
+
+
+def point(time: Array) -> Point:
+    """Where a question stands, for a denoiser: of a training timestep [B] it needs no more."""
+    one, none = jnp.ones(()), jnp.zeros(())
+    return Point(time, one, *[none] * (len(Point._fields) - 2))
 
 
 def loss(prediction: Array, question: Question) -> Array:

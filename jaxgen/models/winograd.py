@@ -5,14 +5,12 @@ between them stands one product per point instead of nine per pixel. Exact but f
 XLA's own convolution runs close to the processor's matrix peak: only doing less is faster.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from jaxgen.models.norms import Affine, silu_of
 from jaxgen.types import Array
@@ -21,6 +19,7 @@ TILES = 256  # tiles at a time
 KERNELS = 36 * 2**17  # numbers of transformed kernels at a time
 LARGE = 2**26  # numbers of an image that is not normalised as a whole
 MIN_OUTPUTS = 64  # channels of the result at a time, at least
+SUMMED = 1024  # tiles at a time whose products are summed to the gradient of a kernel
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 SAME = ((1, 1), (1, 1))
 
@@ -79,18 +78,26 @@ def pays(x: Array, kernel: Array, doubled: bool = False) -> bool:
     return exact and large and min(inputs, kernel.shape[-1]) >= 128
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(4,))
 def convolve(
-    x: Array, kernel: Array, bias: Array, norm: Affine | None = None, doubled: bool = False
+    x: Array,
+    kernel: Array,
+    bias: Array | None = None,
+    norm: Affine | None = None,
+    doubled: bool = False,
+    transposed: bool = False,
 ) -> Array:
     """[B, H, W, I] by [3, 3, I, O], padded by 1 -> [B, H, W, O]; or [B, 2H, 2W, O] if `doubled`.
 
     Where there is a `norm`, x is normalised and passes a SiLU first; of images over LARGE a strip
-    at a time, so that the result is all the memory it takes.
+    at a time, so that the result is all the memory it takes. If `transposed`, the kernel is
+    [3, 3, O, I] and turned by 180 degrees: x is the gradient of a result, and the result that of
+    its image.
     """
     form = DOUBLED if doubled else PLAIN
     batch, height, width, inputs = x.shape
-    points, writes, outputs = len(form.image), len(form.result), kernel.shape[-1]
+    points, writes, outputs = len(form.image), len(form.result), kernel.shape[2 if transposed else 3]
+    taps = form.kernel[:, ::-1] if transposed else form.kernel
+    product, axis = ("pti,poi->pto", 2) if transposed else ("pti,pio->pto", 3)
     if x.size < LARGE:
         x, norm = silu_of(x, norm), None
 
@@ -107,10 +114,11 @@ def convolve(
         images = _images(form, lines, rows, across)
 
         def some_outputs(j: Array, y: Array) -> Array:
-            kernels = lax.dynamic_slice_in_dim(kernel, part * j, part, axis=3).reshape(9, -1)
-            kernels = _transform(form.kernel, kernels).reshape(-1, inputs, part)
-            tiles = _transform(form.result, jnp.einsum("pti,pio->pto", images, kernels))
-            tiles += lax.dynamic_slice_in_dim(bias, part * j, part)
+            kernels = lax.dynamic_slice_in_dim(kernel, part * j, part, axis)
+            kernels = _transform(taps, kernels.reshape(9, *kernels.shape[2:]))
+            tiles = _transform(form.result, jnp.einsum(product, images, kernels))
+            if bias is not None:
+                tiles += lax.dynamic_slice_in_dim(bias, part * j, part)
             tiles = tiles.reshape(writes, writes, batch, rows, across, part)
             pixels = tiles.transpose(2, 3, 0, 4, 1, 5).reshape(batch, writes * rows, -1, part)
             return lax.dynamic_update_slice(y, pixels, (0, writes * top, 0, part * j))
@@ -122,6 +130,45 @@ def convolve(
     y = jnp.broadcast_to(x[:, :1, :1, :1], (batch, writes * down, writes * across, outputs))
     y = lax.fori_loop(0, strips, strip, y)
     return y[:, : height * (1 + doubled), : width * (1 + doubled)]
+
+
+def kernel_gradient(x: Array, y: Array) -> Array:
+    """Images [B, H, W, I] and gradients [B, H, W, O] of results -> of the kernel, [3, 3, I, O].
+
+    The transpose of `convolve` in its kernel: tiles of both are transformed, multiplied point by
+    point, and the sum over tiles is transformed back.
+    """
+    form, (batch, height, width, inputs), outputs = PLAIN, x.shape, y.shape[-1]
+    down, across = -(-height // form.step), -(-width // form.step)
+    rows = _divisor(down, max(1, SUMMED // (batch * across)))
+    part = _divisor(outputs, max(MIN_OUTPUTS, KERNELS // (len(form.image) ** 2 * inputs)))
+    if jax.device_count() > 1:  # a sum over the batch inside of a loop would be one of devices
+        rows, part = down, outputs
+    x, y = (
+        jnp.pad(a, ((0, 0), (0, form.step * down - height), (0, 0), (0, 0))) for a in (x, y)
+    )
+    y = jnp.pad(y, ((0, 0), (0, 0), (0, form.step * across - width), (0, 0)))
+
+    def strip(i: Array) -> Array:
+        lines = _lines(x, None, form.step * rows * i, form.step * rows, height)
+        images = _images(form, lines, rows, across)
+        tiles = lax.dynamic_slice_in_dim(y, form.step * rows * i, form.step * rows, axis=1)
+        tiles = tiles.reshape(batch, rows, form.step, across, form.step, outputs)
+        tiles = tiles.transpose(2, 4, 0, 1, 3, 5).reshape(form.step**2, -1, outputs)
+        tiles = _transform(form.result.T, tiles)
+
+        def some_outputs(j: Array) -> Array:
+            some = lax.dynamic_slice_in_dim(tiles, part * j, part, axis=2)
+            kernels = jnp.einsum("pti,pto->pio", images, some)
+            return _transform(form.kernel.T, kernels)
+
+        parts = lax.map(some_outputs, jnp.arange(outputs // part))
+        return jnp.moveaxis(parts, 0, 2).reshape(3, 3, inputs, outputs)
+
+    first = strip(jnp.zeros((), int))
+    if rows == down:
+        return first
+    return lax.fori_loop(1, down // rows, lambda i, total: total + strip(i), first)
 
 
 def _lines(x: Array, norm: Affine | None, first: Array, count: int, height: int) -> Array:
@@ -159,34 +206,3 @@ def _transform(matrix: np.ndarray, x: Array) -> Array:
 def _divisor(number: int, most: int) -> int:
     """The largest divisor up to `most`."""
     return next(n for n in range(min(number, most), 0, -1) if number % n == 0)
-
-
-@partial(convolve.defjvp, symbolic_zeros=True)
-def _convolve_jvp(doubled: bool, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    """Derivatives go through the plain convolution, whose transposes keep no tiles in memory.
-
-    What is not differentiated costs nothing: its tangent is a symbolic zero.
-    """
-
-    def plain(x: Array, kernel: Array) -> Array:
-        if doubled:
-            x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-        return lax.conv_general_dilated(x, kernel, (1, 1), SAME, dimension_numbers=DIMENSIONS)
-
-    x, kernel, _, norm = primals
-    is_zero = lambda t: isinstance(t, SymbolicZero)  # noqa: E731
-    dx, dkernel, dbias, dnorm = tangents
-    moves = not all(is_zero(t) for t in jax.tree.leaves((dx, dnorm), is_leaf=is_zero))
-    dx, dnorm = jax.tree.map(
-        lambda t: jnp.zeros(t.shape, t.dtype) if is_zero(t) else t, (dx, dnorm), is_leaf=is_zero
-    )
-    activated, dactivated = jax.jvp(silu_of, (x, norm), (dx, dnorm))
-    y = convolve(*primals, doubled)
-    dy = jnp.zeros_like(y)
-    if moves:
-        dy += plain(dactivated, kernel)
-    if not is_zero(dkernel):
-        dy += plain(activated, dkernel)
-    if not is_zero(dbias):
-        dy += dbias
-    return y, dy

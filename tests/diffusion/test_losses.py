@@ -20,7 +20,7 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 
 def chance(seed=0):
-    drawn = losses.draw(jax.random.key(seed), SHAPE, 1000)
+    drawn = losses.draw(jax.random.split(jax.random.key(seed), SHAPE[0]), SHAPE[1:], 1000)
     return drawn._replace(time=jnp.asarray(TIMES))
 
 
@@ -81,7 +81,7 @@ def test_the_loss_is_the_weighted_mean_square():
 
 
 def test_draws_are_standard_and_reach_every_step():
-    drawn = losses.draw(jax.random.key(3), (5000, 4, 4, 4), 10)
+    drawn = losses.draw(jax.random.split(jax.random.key(3), 5000), (4, 4, 4), 10)
     np.testing.assert_allclose(np.bincount(drawn.time, minlength=10) / 5000, 0.1, atol=0.02)
     for noise in (drawn.noise, drawn.offset, drawn.perturbation):
         assert abs(float(noise.mean())) < 0.02

@@ -1,0 +1,134 @@
+"""A recipe: everything that a training run is made of, in one typed value.
+
+A file of `configs/` states one, and options of the command change it:
+
+    jaxgen train configs/mini.py --steps 500 --optimizer.learning-rate 3e-4
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxgen.data.pipeline import Images
+from jaxgen.tasks.autoencoder import Autoencoder
+from jaxgen.tasks.contrastive import Contrastive
+from jaxgen.tasks.denoising import Editing, Inpainting, TextToImage
+from jaxgen.training.ema import EMA
+from jaxgen.training.optim import Adafactor, AdamW, Lion
+from jaxgen.types import UserError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """How many devices do what; one number may be -1, the rest."""
+
+    data: int = -1
+    """Copies of the model; each takes a share of the batch."""
+    fsdp: int = 1
+    """Shares into which parameters, moments and averages are split; each takes a share, too."""
+    tensor: int = 1
+    """Shares into which each product is split."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures on the way, from the same prompts and seeds each time."""
+
+    prompts: tuple[str, ...] = ()
+    """None, none."""
+    every: int = 1000
+    """Steps from one grid to the next; one more is made in the end."""
+    steps: int = 30
+    """Steps of the sampler."""
+    guidance: float = 7.5
+    """Scale of classifier-free guidance."""
+    seed: int = 0
+    """Of the first picture; it is the same for every grid."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model; a run that was stopped goes on where its last checkpoint was made."""
+
+    task: TextToImage | Inpainting | Editing | Autoencoder | Contrastive
+    """What is learned, and from what model."""
+    data: Images
+    """Pictures and captions."""
+    optimizer: AdamW | Adafactor | Lion = field(default_factory=AdamW)
+    """How it learns."""
+    steps: int = 1000
+    """Updates in all."""
+    batch_size: int = 8
+    """Examples of an update, over all devices."""
+    accumulate: int = 1
+    """Parts of a batch that are computed one after the other, to save memory."""
+    seed: int = 0
+    """Of fresh parameters, the order of the data, noise and times."""
+    ema: EMA | None = None
+    """The average of parameters over steps, which is sampled and saved in their stead."""
+    dtype: str = "f32"
+    """f32 or bf16, in which the networks compute; parameters that learn stay float32."""
+    remat: bool = False
+    """Compute blocks again in the backward pass instead of keeping what they made."""
+    mesh: Mesh = Mesh()
+    """How devices share the work."""
+    out: Path = Path("runs/train")
+    """Folder for checkpoints, metrics, samples, and the model in the end."""
+    save_every: int = 1000
+    """Steps from one checkpoint to the next; one more is made in the end."""
+    keep: int = 2
+    """Checkpoints that are kept, the last ones."""
+    log_every: int = 10
+    """Steps that a line of metrics stands for."""
+    samples: Samples = Samples()
+    """Pictures on the way."""
+    profile: tuple[int, int] = (0, 0)
+    """First and last step of a trace for jax's profiler, e.g. 10 13; none by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)} is not a whole number from 1")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}"
+            )
+        if self.dtype not in ("f32", "bf16"):
+            raise UserError(f"dtype = {self.dtype!r} is not one of f32, bf16")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed = {self.seed} is not within 0 to 4294967295")
+
+
+# What may differ from the run that is gone on with: it changes no value that is learned.
+FREE = (
+    "steps accumulate remat mesh out save_every keep log_every samples profile "
+    "data.workers data.threads data.bad_share"
+).split()
+
+
+def fields(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A recipe as one flat object for JSON: `optimizer.learning_rate` and so on."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(value):
+        name, inner = prefix + item.name, getattr(value, item.name)
+        if dataclasses.is_dataclass(inner):
+            flat[name] = type(inner).__name__
+            flat |= fields(inner, f"{name}.")
+        else:
+            flat[name] = str(inner) if isinstance(inner, Path) else _listed(inner)
+    return flat
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What two runs differ in, beyond what may differ: "seed: 0, now 1"."""
+    free = lambda name: any(name == f or name.startswith(f"{f}.") for f in FREE)  # noqa: E731
+    return [
+        f"{name}: {old.get(name)}, now {new.get(name)}"
+        for name in dict.fromkeys([*old, *new])
+        if not free(name) and old.get(name) != new.get(name)
+    ]
