@@ -59,7 +59,7 @@ def read_image(path: Path) -> np.ndarray:
             raise _too_large(path, f"{width}x{height} = {width * height} pixels")
         try:
             upright = ImageOps.exif_transpose(file)
-            rgb, clear = _to_rgb(upright)
+            rgb, clear = to_rgb(upright)
         except Exception as error:  # decoders raise a dozen types at damaged data
             raise _unreadable(path, error) from None
     if clear:
@@ -67,7 +67,7 @@ def read_image(path: Path) -> np.ndarray:
     return rgb
 
 
-def _to_rgb(image: Image.Image) -> tuple[np.ndarray, bool]:
+def to_rgb(image: Image.Image) -> tuple[np.ndarray, bool]:
     """A picture of any mode -> (uint8 [H, W, 3], whether anything of it was transparent)."""
     if image.mode == "F":
         raise ValueError("it holds floating-point values, whose range is unknown")

@@ -55,7 +55,7 @@ class Checkpoints:
             raise UserError(f"cannot read checkpoint {self.folder / str(step)}: {first}") from None
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Begins to write; returns once the state is copied, so that the next step may change it."""
+        """Begins to write; returns once the state is copied, and the next step may change it."""
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
         )

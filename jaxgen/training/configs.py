@@ -1,4 +1,4 @@
-"""Config files: Python files with one typed value, `config`, which options of the command change."""
+"""Config files: Python with one typed value, `config`, which options of the command change."""
 
 import dataclasses
 import difflib

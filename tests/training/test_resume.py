@@ -1,0 +1,118 @@
+"""A run that was killed or stopped, and goes on, is the run that never was."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tests.training.pictures import write_folder
+from tests.training.runs import Runs, assert_same, metrics, wait_for_line, worst
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return Runs(folder, write_folder(folder / "data", 40))
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    """The folder of a run that nothing disturbed."""
+    runs.finish(runs.folder / "whole")
+    return runs.folder / "whole"
+
+
+def kill(runs, out, rng, options=()):
+    """Starts or goes on with a run, and kills it somewhere; whether it was killed in time."""
+    process = runs.start(out, *options)
+    # From before the first step, compiling and restoring included, to after the last one; steps
+    # take hundredths of a second, so most moments that are drawn lie in or about a save.
+    done = len(metrics(out)) if (out / "metrics.jsonl").exists() else 0
+    wait_for_line(out, min(done + int(rng.integers(0, 3)), runs.steps // 2 - 1), process)
+    time.sleep(float(rng.uniform(0, 0.6)))
+    process.kill()
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    "kills", [3, pytest.param(20, marks=pytest.mark.slow)], ids="{}_times".format
+)
+def test_killed_at_random_it_ends_bit_identical(runs, whole, kills, tmp_path):
+    rng = np.random.default_rng(kills)
+    killed, trial = 0, 0
+    while killed < kills:
+        out = tmp_path / f"run{trial}"
+        while killed < kills and kill(runs, out, rng):
+            killed += 1
+        runs.finish(out)
+        assert_same(out, whole)
+        trial += 1
+
+
+def test_killed_with_workers_it_ends_bit_identical(runs, whole, tmp_path):
+    options = ("--data.workers", "2")
+    assert kill(runs, tmp_path / "run", np.random.default_rng(1), options)
+    runs.finish(tmp_path / "run", *options)
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_well(runs, whole, tmp_path, number):
+    out = tmp_path / "run"
+    process = runs.start(out)
+    wait_for_line(out, 1, process)
+    process.send_signal(number)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert "goes on from there" in said
+    assert not (out / "model").exists()
+    runs.finish(out)
+    assert_same(out, whole)
+
+
+def test_two_processes_are_one_and_stop_together(runs, whole, tmp_path):
+    runs.together(tmp_path / "both")
+    # Devices round otherwise; Adam's first steps are signs, and turn a rounding into a step.
+    assert worst(tmp_path / "both", whole) < 1e-3
+    for ours, theirs in zip(metrics(tmp_path / "both"), metrics(whole), strict=True):
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
+
+    said = runs.together(tmp_path / "stopped", stop=2)
+    assert all("goes on from there" in text for text in said)
+    runs.together(tmp_path / "stopped")
+    assert_same(tmp_path / "stopped", tmp_path / "both")
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(runs, tmp_path):
+    eight = {"devices": 8}
+    first, rest = ("--steps", "6"), ("--steps", "12")
+    shapes = {"a": (1, 8, 1), "b": (4, 2, 1), "c": (2, 2, 2)}
+    losses = {}
+    for name, shape in shapes.items():
+        out = tmp_path / name
+        start = mesh_options(shapes["a"])
+        runs.finish(out, *first, *start, **eight)
+        runs.finish(out, *rest, *mesh_options(shape), **eight)
+        losses[name] = [line["loss"] for line in metrics(out)]
+    np.testing.assert_allclose(losses["b"], losses["a"], rtol=1e-5)
+    np.testing.assert_allclose(losses["c"], losses["a"], rtol=1e-5)
+
+
+def mesh_options(shape):
+    return [
+        word
+        for name, size in zip(("data", "fsdp", "tensor"), shape)
+        for word in (f"--mesh.{name}", str(size))
+    ]
+
+
+def test_a_model_that_is_half_written_is_written_again(runs, whole, tmp_path):
+    out = tmp_path / "run"
+    runs.finish(out)
+    (out / "model" / "model_index.json").unlink()
+    runs.finish(out)
+    assert json.loads((out / "model" / "model_index.json").read_text())
+    assert_same(out, whole)
