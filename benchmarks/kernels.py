@@ -7,13 +7,15 @@ Float32 on CPU. GFLOP/s count the products of the plain algorithm, so that forms
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxgen.models import attention, layers, winograd
+from jaxgen.models import attention, correlation, winograd
+from jaxgen.models.convolution import resize_nearest
+from jaxgen.models.correlation import SAME, Form, Geometry, patched, plain
 from jaxgen.types import Array
 
 CONVOLUTIONS = (  # batch, side, inputs, outputs
@@ -24,6 +26,18 @@ CONVOLUTIONS = (  # batch, side, inputs, outputs
     (1, 128, 512, 512),
     (1, 256, 256, 256),
 )
+GRADIENTS = (  # batch, side, inputs, outputs; the miniature's at the end
+    (1, 64, 320, 320),
+    (1, 32, 640, 640),
+    (1, 16, 1280, 1280),
+    (1, 8, 1280, 1280),
+    (4, 64, 320, 320),
+    (4, 16, 1280, 1280),
+    (16, 16, 64, 64),
+    (16, 8, 128, 128),
+    (16, 4, 192, 192),
+)
+HALVINGS = ((1, 64, 320), (1, 32, 640), (1, 16, 1280), (16, 16, 64))  # batch, side, channels
 DOUBLINGS = (  # batch, side before, channels
     (2, 8, 1280),
     (2, 16, 1280),
@@ -51,20 +65,55 @@ def seconds(f: Callable, *args: Array, runs: int = 5) -> float:
     return min(taken)
 
 
-def plain(x: Array, kernel: Array, doubled: bool = False) -> Array:
-    if doubled:
-        x = layers.resize_nearest(x, 2 * x.shape[1], 2 * x.shape[2])
-    return lax.conv_general_dilated(
-        x, kernel, (1, 1), winograd.SAME, dimension_numbers=winograd.DIMENSIONS
-    )
+def doubling(x: Array, kernel: Array) -> Array:
+    x = resize_nearest(x, 2 * x.shape[1], 2 * x.shape[2])
+    return plain(x, kernel, 1, SAME)
 
 
-def tiled(x: Array, kernel: Array, doubled: bool = False) -> Array:
-    return winograd.convolve(x, kernel, jnp.zeros(kernel.shape[-1:]), None, doubled)
+def tiled(wanted: str, a: Array, b: Array) -> Array:
+    if wanted == "kernel":
+        return winograd.kernel_gradient(a, b)
+    return winograd.convolve(a, b, transposed=wanted == "image")
 
 
-def patches(x: Array, kernel: Array) -> Array:
-    return layers._convolve_patches(x, kernel, 1, winograd.SAME)
+def in_form(form: Form, wanted: correlation.Wanted, geometry: Geometry) -> Callable:
+    return lambda a, b: correlation.transposed(form, wanted, a, b, geometry)
+
+
+def gradients() -> None:
+    """A convolution, the gradient of its image and that of its kernel, in every form."""
+    forms = ("plain", "patches", "Winograd", "as run")
+    print("\n| | " + " | ".join(forms) + " |\n|---|" + "---|" * len(forms))
+    cases = [(*case, 1) for case in GRADIENTS]
+    cases += [(batch, side, channels, channels, 2) for batch, side, channels in HALVINGS]
+    for batch, side, inputs, outputs, stride in cases:
+        x, kernel = random(batch, side, side, inputs), random(3, 3, inputs, outputs)
+        y = random(batch, side // stride, side // stride, outputs)
+        geometry = Geometry(stride, SAME, side, side, 3)
+        work = 2 * y.size * 9 * inputs / 1e9
+        wants: dict[correlation.Wanted, tuple[Array, Array]]
+        wants = {"result": (x, kernel), "image": (y, kernel), "kernel": (x, y)}
+        for wanted, args in wants.items():
+            ways = [in_form(form, wanted, geometry) for form in (plain, patched)]
+            ways += [partial(tiled, wanted)] if stride == 1 else []
+            ways += [partial(correlation.compute, wanted, geometry=geometry)]
+            speeds = [f"{work / s:.0f}" for s in in_turn(ways, args)]
+            if stride == 2:
+                speeds.insert(2, "")
+            what = f"{batch}x{side}x{side}, {inputs} to {outputs}{', halved' * (stride == 2)}"
+            print(f"| {what}: {wanted} | {' | '.join(speeds)} |", flush=True)
+
+
+def in_turn(ways: list[Callable], args: tuple[Array, ...], rounds: int = 5) -> list[float]:
+    """The fastest run of each, run in turn, so that a busy machine slows all."""
+    programs = [jax.jit(way) for way in ways]
+    taken: list[list[float]] = [[] for _ in ways]
+    for i in range(rounds + 1):
+        for program, kept in zip(programs, taken):
+            start = time.perf_counter()
+            program(*args).block_until_ready()
+            kept.extend([time.perf_counter() - start] if i else [])
+    return [min(kept) for kept in taken]
 
 
 def main() -> None:
@@ -75,22 +124,24 @@ def main() -> None:
     for batch, side, inputs, outputs in CONVOLUTIONS:
         x, kernel = random(batch, side, side, inputs), random(3, 3, inputs, outputs)
         work = 2 * batch * side * side * 9 * inputs * outputs / 1e9
-        forms = (plain, patches, tiled)
-        speeds = " | ".join(f"{work / seconds(f, x, kernel):.0f}" for f in forms)
+        ways: list[Callable] = [partial(form, stride=1, padding=SAME) for form in (plain, patched)]
+        ways += [winograd.convolve]
+        speeds = " | ".join(f"{work / seconds(f, x, kernel):.0f}" for f in ways)
         chosen = "plain"
         if winograd.pays(x, kernel):
             chosen = "Winograd"
-        elif layers._wide_and_small(x):
+        elif correlation._wide_and_small(x):
             chosen = "patches"
         print(f"| {batch}x{side}x{side}, {inputs} to {outputs} | {speeds} | {chosen} |", flush=True)
+
+    gradients()
 
     print("\n| 3x3 convolution of a doubled image | plain | Winograd |\n|---|---|---|")
     for batch, side, channels in DOUBLINGS:
         x, kernel = random(batch, side, side, channels), random(3, 3, channels, channels)
         work = 2 * batch * (2 * side) ** 2 * 9 * channels**2 / 1e9
-        speeds = " | ".join(
-            f"{work / seconds(lambda *a, f=f: f(*a, True), x, kernel):.0f}" for f in (plain, tiled)
-        )
+        ways = [doubling, partial(winograd.convolve, doubled=True)]
+        speeds = " | ".join(f"{work / seconds(f, x, kernel):.0f}" for f in ways)
         print(f"| {batch}x{side}x{side}, {channels} channels | {speeds} |", flush=True)
 
     print("\n| feed-forward, batch 2 | at once | as run |\n|---|---|---|")

@@ -1,5 +1,6 @@
 """The command `jaxgen`: parse, then hand over to the library."""
 
+import argparse
 import contextlib
 import io
 import logging
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from tqdm import tqdm
 from tyro.conf import Positional
 
 from jaxgen import generate, request, sharding
@@ -112,9 +114,7 @@ class Sample:
             self._refuse_branches(model)
             checked = request.plan(model, self._request(model))
             writer = Writer(self.out, model, checked, self.dtype)
-        params = read_params(
-            tensors, self.dtype, sharding.by_rules(generate.mesh_for(checked))
-        )
+        params = read_params(tensors, self.dtype, sharding.by_rules(generate.mesh_for(checked)))
         writer.write_all(params)
         made = "1 picture is" if writer.count == 1 else f"{writer.count} pictures are"
         print(f"{made} in {self.out}; see {self.out / 'grid.png'}")
@@ -215,13 +215,57 @@ class Train:
         """Reads the config, then trains."""
         from jaxgen.training import configs, loop  # what only training needs is slow to import
 
-        recipe = configs.read(self.config, self.options, partial(_tyro, prog="jaxgen train"))
+        parse = partial(_tyro, prog=f"jaxgen train {self.config}")
+        recipe = configs.read(self.config, self.options, parse)
         _use_compile_cache()
-        folder = loop.train(recipe)
+        with _notices_at_once():
+            folder = loop.train(recipe)
         if folder:
             print(f"the model is in {folder}; jaxgen sample PROMPT --model {folder}")
         else:
             print(f"stopped and saved in {recipe.out}; the same command goes on from there")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Compute once what training would compute each epoch: latents and text embeddings.
+
+    jaxgen cache configs/mini.py --data.source FOLDER --out CACHE
+
+    jaxgen train configs/mini.py --data.source CACHE
+
+    For text to image, whose VAE does not learn; where the text encoder does, latents alone are
+    stored. Captions are still dropped and, where the config says `flip`, pictures mirrored: the
+    losses are those of the pictures.
+    """
+
+    config: Positional[Path]
+    """A Python file that states `config = Train(...)`: model, data, size and flip are read."""
+    options: Positional[tuple[str, ...]] = ()
+    """--field value, for any field of the config but `out`, as in --data.size 64."""
+    out: Path = Path("cache")
+    """A new or empty folder for the cache."""
+
+    def run(self) -> None:
+        """Reads the config, then the pictures once."""
+        from jaxgen.cache import cache  # what only training needs is slow to import
+        from jaxgen.data.cached import describe
+        from jaxgen.training import configs
+
+        parse = partial(_tyro, prog=f"jaxgen cache {self.config}")
+        recipe = configs.read(self.config, self.options, parse)
+        _use_compile_cache()
+        with _notices_at_once():
+            folder = cache(recipe, self.out)
+        held = describe(str(folder))
+        assert held is not None
+        size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
+        print(f"{held.examples} examples are in {self.out}, {size:.1f} MiB")
+        if held.skipped:
+            print(f"bad ones left out: {held.skipped}")
+        if not held.text:
+            print("they hold latents alone: the text encoder learns")
+        print(f"to train on them: jaxgen train {self.config}, with --data.source {self.out}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -245,18 +289,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _parse(arguments: Sequence[str] | None) -> Sample | Train | Info | Convert:
+def _parse(arguments: Sequence[str] | None) -> Sample | Train | Cache | Info | Convert:
     """The command line as a command."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["train"] and given[1:2] and not given[1].startswith("-"):
         return Train(Path(given[1]), tuple(given[2:]))  # its options depend on the config
+    if given[:1] == ["cache"] and given[1:2] and not given[1].startswith("-"):
+        return _parse_cache(Path(given[1]), given[2:])
     return _tyro(
-        Sample | Train | Info | Convert,
+        Sample | Train | Cache | Info | Convert,
         args=given,
         prog="jaxgen",
         description="Controllable, personalised Stable Diffusion in JAX.",
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
+
+
+def _parse_cache(config: Path, given: list[str]) -> Cache:
+    """`--out` is the command's own; the other options are the config's."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--out", type=Path, default=Cache.out)
+    try:
+        found, options = parser.parse_known_args(given)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see jaxgen cache --help") from None
+    return Cache(config, tuple(options), found.out)
 
 
 def _tyro(*args: Any, **kwargs: Any) -> Any:
@@ -270,9 +327,26 @@ def _tyro(*args: Any, **kwargs: Any) -> Any:
             raise
         text = re.sub(r"\x1b\[[0-9;]*m|[─│╭╮╰╯]", " ", said.getvalue())
         text = " ".join(text.split()).removeprefix("Value error ").removeprefix("Error ")
-        text = text.removeprefix("Unrecognized options ")
         text = re.split(r" Argument helptext:|\.? For full helptext", text)[0]
-        raise UserError(f"{text or 'no such option'}; see jaxgen --help") from None
+        raise UserError(f"{_tidy(text)}; see {kwargs['prog']} --help") from None
+
+
+def _tidy(text: str) -> str:
+    """What tyro says of a mistake, in fewer words."""
+    unknown = r"Unrecognized options (?:Unrecognized options: )?"
+    if found := re.match(unknown + r"(.*?)(?: Perhaps you meant: (--[\w.-]+).*)?$", text):
+        words = found[1].split(", ")
+        names = [word for word in words if word.startswith("-")] or words
+        hint = f"; perhaps {found[2]}?" if found[2] else ""
+        return f"no option {', '.join(names)}{hint}"
+    for pattern, words in (
+        (r"^(Missing argument|Invalid choice) |^parsing ([A-Z]\w*: )?", ""),
+        (r"invalid literal for int\(\) with base 10: ('.*')", r"\1 is no whole number"),
+        (r"could not convert string to float: ('.*')", r"\1 is no number"),
+        (r"no type matching (\S+) could be instantiated from \[(.*?)\]\..*", r"\2 is not \1"),
+    ):
+        text = re.sub(pattern, words, text)
+    return text or "no such option"
 
 
 @contextlib.contextmanager
@@ -289,6 +363,22 @@ def _notices_after() -> Iterator[None]:
             print(f"jaxgen: {notice}", file=sys.stderr)
     finally:
         logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def _notices_at_once() -> Iterator[None]:
+    """What the library logs is said above the progress bar."""
+    handler = logging.Handler()
+    say = lambda record: tqdm.write(f"jaxgen: {record.getMessage()}", file=sys.stderr)  # noqa: E731
+    handler.emit = say  # type: ignore[method-assign]
+    logger = logging.getLogger("jaxgen")
+    logger.addHandler(handler)
+    before, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
 
 
 def _use_compile_cache() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxgen.data.tokenizer import Tokenizer
-from jaxgen.models.clip import TextEncoder
+from jaxgen.models.clip import TextEncoder, VisionEncoder
 from jaxgen.models.unet import UNet
 from jaxgen.models.vae import VAE
 from jaxgen.types import Array, Cache, Denoiser, Inputs, Params, Point
@@ -22,6 +22,7 @@ class Model:
     scheduler: Mapping[str, Any]  # the object in scheduler_config.json, as it was read
     name: str  # what it was loaded from, for records
     pipeline: str = "StableDiffusionPipeline"  # `_class_name` of model_index.json
+    vision: VisionEncoder | None = None  # with a parameter tree `clip`: what CLIP has beside text
 
     @property
     def factor(self) -> int:

@@ -1,5 +1,6 @@
 """Model folders out: what diffusers loads."""
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -64,6 +65,8 @@ def _write(model: Model, params: Params, folder: Path) -> None:
             del data["_class_name"]
             data |= {"architectures": [class_name], "model_type": "clip_text_model"}
         config.write_json(folder / part.folder / "config.json", data)
+    if model.vision:
+        _write_clip(model, params, folder / "clip")
     index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     model.tokenizer.save(folder / "tokenizer")
     index["scheduler"] = ["diffusers", model.scheduler["_class_name"]]
@@ -73,6 +76,18 @@ def _write(model: Model, params: Params, folder: Path) -> None:
     if model.pipeline in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
         index |= {"image_encoder": [None, None], "requires_safety_checker": False}
     config.write_json(folder / "model_index.json", index)
+
+
+def _write_clip(model: Model, params: Params, folder: Path) -> None:
+    """The text encoder again, with all that makes it transformers' CLIPModel."""
+    assert model.vision
+    configs = {"text_config": model.text_encoder.config, "vision_config": model.vision.config}
+    data: dict[str, Any] = {"architectures": ["CLIPModel"], "model_type": "clip"}
+    data |= {name: dataclasses.asdict(value) for name, value in configs.items()}
+    data["projection_dim"] = model.vision.config.projection_dim
+    files.save_folder(folder, "model", _released({**params["text_encoder"], **params["clip"]}))
+    config.write_json(folder / "config.json", data)
+    model.tokenizer.save(folder)
 
 
 def _released(params: Params) -> Iterator[tuple[str, Callable[[], np.ndarray], int]]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
+from jaxgen import trees
 from jaxgen.types import UserError
 
 Rules = Sequence[tuple[str, PartitionSpec]]  # path pattern -> how its axes are split; first match
@@ -50,7 +52,7 @@ def training_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         raise UserError(f"mesh ({named}): sizes are from 1, and one of them may be -1, the rest")
     if -1 in sizes:
         known = -int(np.prod(sizes))
-        sizes[sizes.index(-1)] = len(devices) // known
+        sizes[sizes.index(-1)] = 0 if len(devices) % known else len(devices) // known
     count = int(np.prod(sizes))
     if count > len(devices) or count < 1 or (count < len(devices) and jax.process_count() > 1):
         raise UserError(f"mesh ({named}) does not fit {len(devices)} devices")
@@ -88,6 +90,40 @@ def _split(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Parti
     return PartitionSpec(*axes)
 
 
+def gather(mesh: Mesh, params: Any) -> Any:
+    """Parameters that `fsdp` has split, whole for the products that read them.
+
+    Under `jax.checkpoint` with the policy `gather_again`, a gathered parameter is not kept from
+    the forward to the backward pass.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return params
+
+    def one(path: str, x: jax.Array) -> jax.Array:
+        split = _split(path, x.shape, mesh.shape)
+        whole = PartitionSpec(*(axis if axis == "tensor" else None for axis in split))
+        return _gathered(x, NamedSharding(mesh, whole), NamedSharding(mesh, split))
+
+    return trees.map_with_path(one, params)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: jax.Array, whole: Sharding, split: Sharding) -> jax.Array:
+    """x whole; its gradient is split as soon as it is made, and never whole on a device."""
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+_gathered.defvjp(
+    lambda x, whole, split: (jax.lax.with_sharding_constraint(x, whole), None),
+    lambda whole, split, _, gradient: (jax.lax.with_sharding_constraint(gradient, split),),
+)
+
+
+def gather_again(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps everything from the forward pass but what `gather` and `pin` made."""
+    return primitive.name != "sharding_constraint"
+
+
 def by_rules(mesh: Mesh | None, rules: Rules = ()) -> Layout:
     """As the first rule that fits says, else on every device; on the first one without a mesh."""
 
@@ -121,6 +157,18 @@ def place_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arr
     return {
         name: jax.make_array_from_process_local_data(where, array) for name, array in rows.items()
     }
+
+
+def pin(x: jax.Array) -> jax.Array:
+    """What a block made, [B, ...], held to the split of its batch where a training mesh is in use.
+
+    Without it the compiler may follow the split of the weights, and move activations about.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.axis_names != AXES:
+        return x
+    rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*BATCH, *rest))
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:

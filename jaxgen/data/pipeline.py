@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxgen.data import transforms
 from jaxgen.data.buckets import Bucketed, bucket_sizes, sort_by_shape
+from jaxgen.data.cached import Cached, Description, describe
 from jaxgen.data.examples import BadExample, Example, Source
 from jaxgen.data.order import Draw, Plain, Size
 from jaxgen.data.sources import open_source
@@ -29,7 +30,8 @@ class Images:
     """Where training pictures come from, and what is done to them."""
 
     source: str | tuple[tuple[str, float], ...] = ""
-    """A folder with metadata.jsonl, ArrayRecord files, tfds:NAME:SPLIT; or several, and weights."""
+    """A folder with metadata.jsonl, ArrayRecord files, a cache, tfds:NAME:SPLIT; or several, and
+    weights."""
     size: int = 512
     """Width and height to train at; with buckets, the side of a square of as many pixels."""
     crop: Literal["center", "random"] = "center"
@@ -77,6 +79,25 @@ class Images:
             ((self.source, 1.0),) if isinstance(self.source, str) else self.source or (("", 1.0),)
         )
 
+    def caches(self) -> dict[str, Description]:
+        """The sources that `jaxgen cache` wrote, and what they hold.
+
+        Raises:
+            UserError: for one that does not hold what these settings ask for.
+        """
+        described = {ref: describe(ref) for ref, _ in self.parts}
+        found = {ref: held for ref, held in described.items() if held is not None}
+        for ref, held in found.items():
+            if len(found) < len(described):
+                raise UserError(f"{ref} is a cache, and is not mixed with sources of pictures")
+            for name, value in held.settings().items():
+                if getattr(self, name) != value:
+                    raise UserError(
+                        f"{ref} was cached with data.{name} = {value!r}, and not "
+                        f"{getattr(self, name)!r}: change it, or cache again"
+                    )
+        return found
+
     @property
     def least(self) -> int:
         """Pixels that the shorter side of a picture must have."""
@@ -121,6 +142,7 @@ class Loader(Iterator[Batch]):
         if not 0 <= seed < 1 << 63:
             raise UserError(f"seed {seed} is not from 0 to 2**63 - 1")
         check_grain()
+        data.caches()
         self.next_batch = start
         self.skipped: dict[str, str] = {}
         self._data = data
@@ -221,7 +243,7 @@ class Maker:
         for i in tried:
             rng = np.random.Generator(np.random.Philox(key=[self._seed, place]))
             try:
-                return self._finish(self._prepared(source, i, draw.size, rng), rng)
+                return self._finish(prepared(self._data, source, i, draw.size, rng), rng)
             except BadExample as error:
                 bad.append((error.name or source.name(i), error.reason))
         name, reason = bad[-len(tried)]
@@ -229,15 +251,16 @@ class Maker:
             f"{source.ref}: {len(tried)} examples in a row are bad; the first is {name}: {reason}"
         )
 
-    def _prepared(self, source: Source, i: int, size: Size, rng: np.random.Generator) -> Example:
-        data = self._data
-        example = source.read(i, max(*size, data.least))
-        height, width = example["image"].shape[:2]
-        if min(height, width) < data.least:
-            raise BadExample(source.name(i), f"{width}x{height} is below least_side {data.least}")
-        example = transforms.resize_and_crop(
-            example, size, data.crop == "random", rng, data.columns
-        )
-        if data.flip:
-            example = transforms.flip(example, rng, data.columns)
-        return transforms.drop_caption(example, data.caption_dropout, rng)
+
+def prepared(data: Images, source: Source, i: int, size: Size, rng: np.random.Generator) -> Example:
+    """Example i of a source, scaled, cropped and varied as the data says; raises BadExample."""
+    if isinstance(source, Cached):
+        return source.draw(i, data.flip, data.caption_dropout, rng)
+    example = source.read(i, max(*size, data.least))
+    height, width = example["image"].shape[:2]
+    if min(height, width) < data.least:
+        raise BadExample(source.name(i), f"{width}x{height} is below least_side {data.least}")
+    example = transforms.resize_and_crop(example, size, data.crop == "random", rng, data.columns)
+    if data.flip:
+        example = transforms.flip(example, rng, data.columns)
+    return transforms.drop_caption(example, data.caption_dropout, rng)

@@ -4,6 +4,7 @@ import difflib
 import glob
 from pathlib import Path
 
+from jaxgen.data.cached import Cached, describe
 from jaxgen.data.examples import BadExample, Example, Source
 from jaxgen.data.folder import METADATA, Folder, example_line
 from jaxgen.data.records import Records, write_records
@@ -12,6 +13,7 @@ from jaxgen.types import UserError
 
 __all__ = [
     "BadExample",
+    "Cached",
     "Example",
     "Folder",
     "Records",
@@ -27,7 +29,7 @@ MOST_LISTED = 10_000  # entries of a folder that are looked at for an error
 
 
 def open_source(ref: str, caption: str = "", columns: tuple[str, ...] = ()) -> Source:
-    """A folder with `metadata.jsonl`, ArrayRecord files, or a tensorflow-datasets name.
+    """A folder with `metadata.jsonl`, ArrayRecord files, a cache, or a tensorflow-datasets name.
 
     Args:
         ref: the folder; an ArrayRecord file, a folder of them, or a pattern such as
@@ -46,6 +48,8 @@ def open_source(ref: str, caption: str = "", columns: tuple[str, ...] = ()) -> S
     try:
         if (path / METADATA).is_file():
             return Folder(path, caption, columns)
+        if (description := describe(ref)) is not None:
+            return Cached(ref, description)
         files = _record_files(path)
         if not files or (path / PREPARED).is_file():
             raise UserError(_explain(path))

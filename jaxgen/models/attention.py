@@ -191,8 +191,14 @@ class FeedForward(nn.Module):
         rows = -(-length // blocks)
         x = jnp.pad(x, ((0, 0), (0, blocks * rows - length), (0, 0)))
         x = jnp.moveaxis(x.reshape(batch, blocks, rows, width), 1, 0)
+        # Of a block the backward pass keeps the products, and activates them once more.
+        feed = nn.remat(
+            lambda self, _, x: (None, self._feed(x)),
+            prevent_cse=False,
+            policy=jax.checkpoint_policies.dots_saveable,
+        )
         share = {"variable_broadcast": "params", "split_rngs": {"params": False}}
-        _, out = nn.scan(lambda self, _, x: (None, self._feed(x)), **share)(self, None, x)
+        _, out = nn.scan(feed, **share)(self, None, x)
         return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * rows, width)[:, :length]
 
     def _feed(self, x: Array) -> Array:

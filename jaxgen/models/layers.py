@@ -7,16 +7,14 @@ import math
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxgen.models import winograd
-from jaxgen.models.norms import Affine, GroupNorm, silu_of
+from jaxgen.models.convolution import convolve, resize_nearest
+from jaxgen.models.correlation import Padding
+from jaxgen.models.norms import Affine, GroupNorm
 from jaxgen.types import Array, Params, at_least_float32
 
-Padding = tuple[tuple[int, int], tuple[int, int]]
 _kernel_init = nn.initializers.lecun_normal()
 
 
@@ -63,53 +61,6 @@ class Conv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape[-1:]) if self.use_bias else None
         padding = self.padding if self.kernel > 1 else ((0, 0), (0, 0))
         return convolve(x, kernel, bias, self.stride, padding, norm, doubled)
-
-
-def convolve(
-    x: Array,
-    kernel: Array,
-    bias: Array | None = None,
-    stride: int = 1,
-    padding: Padding = winograd.SAME,
-    norm: Affine | None = None,
-    doubled: bool = False,
-) -> Array:
-    """[B, H, W, I] by [K, K, I, O], in the form that is fastest where it runs; see `Conv`."""
-    on_cpu = jax.default_backend() == "cpu"
-    simple = (len(kernel), stride, padding) == (3, 1, winograd.SAME)
-    if on_cpu and simple and winograd.pays(x, kernel, doubled):
-        bias = jnp.zeros(kernel.shape[-1:], x.dtype) if bias is None else bias
-        return winograd.convolve(x, kernel, bias, norm, doubled)
-    x = silu_of(x, norm)
-    if doubled:
-        x = resize_nearest(x, 2 * x.shape[1], 2 * x.shape[2])
-    if len(kernel) == stride == 1:
-        y = x @ kernel[0, 0]
-    elif on_cpu and _wide_and_small(x):
-        y = _convolve_patches(x, kernel, stride, padding)
-    else:
-        y = lax.conv_general_dilated(
-            x, kernel, (stride, stride), padding, dimension_numbers=winograd.DIMENSIONS
-        )
-    return y if bias is None else y + bias
-
-
-def _wide_and_small(x: Array) -> bool:
-    """Where XLA's CPU convolution falls far below its matmul (benchmarks/README.md)."""
-    return x.shape[3] >= 320 and x.shape[1] * x.shape[2] <= 20 * 20
-
-
-def _convolve_patches(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """The same convolution as one matrix product over shifted copies of the image."""
-    size, _, inputs, outputs = kernel.shape
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    height, width = ((n - size) // stride + 1 for n in x.shape[1:3])
-    shifted = [
-        x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
-        for i in range(size)
-        for j in range(size)
-    ]
-    return jnp.concatenate(shifted, -1) @ kernel.reshape(size * size * inputs, outputs)
 
 
 class ResBlock(nn.Module):
@@ -167,18 +118,6 @@ class Upsample(nn.Module):
         doubled = (height, width) == (2 * x.shape[1], 2 * x.shape[2])
         x = x if doubled else resize_nearest(x, height, width)
         return Conv(self.features, name="conv")(x, doubled=doubled)
-
-
-def resize_nearest(x: Array, height: int, width: int) -> Array:
-    """[B, H, W, C] -> [B, height, width, C], source index floor(i * in / out).
-
-    As in PyTorch for the sizes 2n and 2n - 1 of a UNet (PyTorch rounds the product elsewhere).
-    """
-    if (height, width) == (2 * x.shape[1], 2 * x.shape[2]):
-        return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-    rows = jnp.arange(height) * x.shape[1] // height
-    columns = jnp.arange(width) * x.shape[2] // width
-    return x[:, rows][:, :, columns]
 
 
 def sinusoids(value: Array, features: int, shift: float = 0.0, cosine_first: bool = True) -> Array:

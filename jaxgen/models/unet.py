@@ -22,6 +22,7 @@ from jaxgen.models.layers import (
     sinusoids,
 )
 from jaxgen.models.norms import GroupNorm
+from jaxgen.sharding import pin
 from jaxgen.types import (
     Array,
     Cache,
@@ -143,8 +144,9 @@ FIXED: Mapping[str, Any] = {
 }
 
 
-def _transformer(cfg: UNetConfig, level: int, channels: int, name: str) -> Transformer:
-    return Transformer(
+def _transformer(cfg: UNetConfig, level: int, channels: int, name: str, remat: bool) -> Transformer:
+    kind = nn.remat(Transformer) if remat else Transformer
+    return kind(
         depth=cfg.per_level("transformer_layers_per_block")[level],
         heads=cfg.heads[level],
         context=cfg.cross_attention_dim,
@@ -155,8 +157,9 @@ def _transformer(cfg: UNetConfig, level: int, channels: int, name: str) -> Trans
     )
 
 
-def _resblock(cfg: UNetConfig, level: int, name: str) -> ResBlock:
-    return ResBlock(cfg.block_out_channels[level], cfg.norm_num_groups, cfg.norm_eps, name=name)
+def _resblock(cfg: UNetConfig, level: int, name: str, remat: bool) -> ResBlock:
+    kind = nn.remat(ResBlock) if remat else ResBlock
+    return kind(cfg.block_out_channels[level], cfg.norm_num_groups, cfg.norm_eps, name=name)
 
 
 class DownBlock(nn.Module):
@@ -164,6 +167,7 @@ class DownBlock(nn.Module):
 
     config: UNetConfig
     level: int
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Array, temb: Array) -> list[Array]:
@@ -171,9 +175,9 @@ class DownBlock(nn.Module):
         cfg, level = self.config, self.level
         skips = []
         for i in range(cfg.per_level("layers_per_block")[level]):
-            x = _resblock(cfg, level, f"resnets.{i}")(x, temb)
+            x = pin(_resblock(cfg, level, f"resnets.{i}", self.remat)(x, temb))
             if cfg.down_block_types[level].startswith("CrossAttn"):
-                x = _transformer(cfg, level, x.shape[-1], f"attentions.{i}")(x)
+                x = pin(_transformer(cfg, level, x.shape[-1], f"attentions.{i}", self.remat)(x))
             skips.append(x)
         if level < len(cfg.block_out_channels) - 1:
             skips.append(Downsample(x.shape[-1], name="downsamplers.0")(x))
@@ -184,13 +188,14 @@ class MidBlock(nn.Module):
     """The bottom of the UNet: residual, transformer, residual."""
 
     config: UNetConfig
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Array, temb: Array) -> Array:
         """[B, H, W, C], [B, E] -> [B, H, W, C]."""
-        x = _resblock(self.config, -1, "resnets.0")(x, temb)
-        x = _transformer(self.config, -1, x.shape[-1], "attentions.0")(x)
-        return _resblock(self.config, -1, "resnets.1")(x, temb)
+        x = pin(_resblock(self.config, -1, "resnets.0", self.remat)(x, temb))
+        x = pin(_transformer(self.config, -1, x.shape[-1], "attentions.0", self.remat)(x))
+        return _resblock(self.config, -1, "resnets.1", self.remat)(x, temb)
 
 
 class UpBlock(nn.Module):
@@ -198,6 +203,7 @@ class UpBlock(nn.Module):
 
     config: UNetConfig
     level: int
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -211,34 +217,38 @@ class UpBlock(nn.Module):
         mirrored = len(cfg.block_out_channels) - 1 - self.level
         for i, skip in enumerate(skips):
             x = jnp.concatenate([x, skip], -1)
-            x = _resblock(cfg, mirrored, f"resnets.{i}")(x, temb)
+            x = pin(_resblock(cfg, mirrored, f"resnets.{i}", self.remat)(x, temb))
             if cfg.up_block_types[self.level].startswith("CrossAttn"):
-                x = _transformer(cfg, mirrored, x.shape[-1], f"attentions.{i}")(x)
+                x = pin(_transformer(cfg, mirrored, x.shape[-1], f"attentions.{i}", self.remat)(x))
         if mirrored > 0:
             x = Upsample(x.shape[-1], name="upsamplers.0")(x, *size)
         return x
 
 
-def encode(cfg: UNetConfig, x: Array, temb: Array) -> tuple[Array, list[Array]]:
+def encode(
+    cfg: UNetConfig, x: Array, temb: Array, remat: bool = False
+) -> tuple[Array, list[Array]]:
     """The half that a ControlNet copies; makes its modules in the caller's scope.
 
     Args:
         x: [B, H, W, C] after `conv_in`.
         temb: [B, E].
+        remat: whether the backward pass computes each block again instead of keeping its inside.
 
     Returns:
         The middle block's output, and the skips, first to last.
     """
     skips = [x]
     for level in range(len(cfg.block_out_channels)):
-        skips += DownBlock(cfg, level, name=f"down_blocks.{level}")(skips[-1], temb)
-    return MidBlock(cfg, name="mid_block")(skips[-1], temb), skips
+        skips += DownBlock(cfg, level, remat, name=f"down_blocks.{level}")(skips[-1], temb)
+    return MidBlock(cfg, remat, name="mid_block")(skips[-1], temb), skips
 
 
 class UNetModule(nn.Module):
     """The network itself; `UNet` below is how the rest of the house sees it."""
 
     config: UNetConfig
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -259,11 +269,11 @@ class UNetModule(nn.Module):
         if cfg.addition_embed_type:
             temb = temb + EmbeddingMLP(4 * width, name="add_embedding")(*added)
 
-        x, skips = encode(cfg, Conv(width, name="conv_in")(x), temb)
+        x, skips = encode(cfg, Conv(width, name="conv_in")(x), temb, self.remat)
         for level, layers in enumerate(reversed(cfg.per_level("layers_per_block"))):
             used, skips = skips[: -layers - 2 : -1], skips[: -layers - 1]
             size = skips[-1].shape[1:3] if skips else x.shape[1:3]
-            x = UpBlock(cfg, level, name=f"up_blocks.{level}")(x, used, temb, size)
+            x = UpBlock(cfg, level, self.remat, name=f"up_blocks.{level}")(x, used, temb, size)
 
         norm = GroupNorm(cfg.norm_num_groups, cfg.norm_eps, name="conv_norm_out").affine(x)
         return Conv(cfg.out_channels, name="conv_out")(x, norm)
@@ -271,9 +281,14 @@ class UNetModule(nn.Module):
 
 @dataclass(frozen=True)
 class UNet:
-    """A denoising network as functions over a plain parameter tree."""
+    """A denoising network as functions over a plain parameter tree.
+
+    Attributes:
+        remat: whether a backward pass computes each block again instead of keeping its inside.
+    """
 
     config: UNetConfig
+    remat: bool = False
 
     @staticmethod
     def read(data: Mapping[str, Any], where: str) -> "UNet":
@@ -324,7 +339,7 @@ class UNet:
         dtype = params["conv_in"]["kernel"].dtype
         x = jnp.concatenate([x, *cache["concat"]], -1).astype(dtype)
         variables = {"params": params, "cache": cache["text"]}
-        out = UNetModule(self.config).apply(
+        out = UNetModule(self.config, self.remat).apply(
             variables, x, point.time, cache["added"], cache["guidance"]
         )
         return at_least_float32(out)

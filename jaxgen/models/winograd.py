@@ -20,8 +20,6 @@ KERNELS = 36 * 2**17  # numbers of transformed kernels at a time
 LARGE = 2**26  # numbers of an image that is not normalised as a whole
 MIN_OUTPUTS = 64  # channels of the result at a time, at least
 SUMMED = 1024  # tiles at a time whose products are summed to the gradient of a kernel
-DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-SAME = ((1, 1), (1, 1))
 
 
 class Form(NamedTuple):
@@ -95,9 +93,9 @@ def convolve(
     """
     form = DOUBLED if doubled else PLAIN
     batch, height, width, inputs = x.shape
-    points, writes, outputs = len(form.image), len(form.result), kernel.shape[2 if transposed else 3]
     taps = form.kernel[:, ::-1] if transposed else form.kernel
     product, axis = ("pti,poi->pto", 2) if transposed else ("pti,pio->pto", 3)
+    points, writes, outputs = len(form.image), len(form.result), kernel.shape[axis]
     if x.size < LARGE:
         x, norm = silu_of(x, norm), None
 
@@ -144,10 +142,9 @@ def kernel_gradient(x: Array, y: Array) -> Array:
     part = _divisor(outputs, max(MIN_OUTPUTS, KERNELS // (len(form.image) ** 2 * inputs)))
     if jax.device_count() > 1:  # a sum over the batch inside of a loop would be one of devices
         rows, part = down, outputs
-    x, y = (
-        jnp.pad(a, ((0, 0), (0, form.step * down - height), (0, 0), (0, 0))) for a in (x, y)
-    )
-    y = jnp.pad(y, ((0, 0), (0, 0), (0, form.step * across - width), (0, 0)))
+    below, beside = (0, form.step * down - height), (0, form.step * across - width)
+    x = jnp.pad(x, ((0, 0), below, (0, 0), (0, 0)))
+    y = jnp.pad(y, ((0, 0), below, beside, (0, 0)))
 
     def strip(i: Array) -> Array:
         lines = _lines(x, None, form.step * rows * i, form.step * rows, height)

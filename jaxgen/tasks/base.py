@@ -1,6 +1,7 @@
 """What a task is, and what all that denoise have in common."""
 
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,13 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgen import trees
 from jaxgen.conditioning import encode_text
+from jaxgen.data.pipeline import Images
 from jaxgen.denoiser import Model
 from jaxgen.types import Array, Params, UserError
+from jaxgen.weights.files import Tensors
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 Example = dict[str, Any]
+
+# What a cache holds is made by these parameters: of the VAE, what decodes may be another.
+ENCODERS = {"vae": ("vae/encoder/", "vae/quant_conv/"), "text_encoder": ("text_encoder/",)}
 
 
 class Task(NamedTuple):
@@ -32,6 +39,7 @@ class Task(NamedTuple):
     columns: tuple[str, ...] = ()  # of the data, beside image and caption
     # What is saved, once it has learned; reads a last batch. A VAE's latents get their scale here.
     finished: Callable[[Model, Params, Example], Model] = lambda model, params, batch: model
+    cached: bool = False  # whether it learns from what `jaxgen cache` stored as from pictures
 
 
 def by_patterns(patterns: tuple[str, ...]) -> Callable[[str], bool]:
@@ -53,15 +61,19 @@ def unit(images: Array) -> Array:
     return images.astype(jnp.float32) / 255 * 2 - 1
 
 
-def latents_of(model: Model, params: Params, batch: Batch, keys: Array) -> Array:
-    """Latents [B, h, w, C] of a batch's pictures: drawn from the posterior, as in released models.
+def posterior_of(model: Model, params: Params, batch: Batch) -> tuple[Array, Array]:
+    """Mean and standard deviation [B, h, w, C] of the latents of a batch's pictures, unscaled.
 
-    A cached example holds the posterior itself, `mean` and `std`, instead of its picture.
+    A cached example holds them, `mean` and `std`, instead of its picture.
     """
     if "mean" in batch:
-        mean, std = batch["mean"], batch["std"]
-    else:
-        mean, std = model.vae.posterior(params["vae"], unit(batch["image"]))
+        return batch["mean"].astype(jnp.float32), batch["std"].astype(jnp.float32)
+    return model.vae.posterior(params["vae"], unit(batch["image"]))
+
+
+def latents_of(model: Model, params: Params, batch: Batch, keys: Array) -> Array:
+    """Latents [B, h, w, C] of a batch: drawn from the posterior, as released models learned."""
+    mean, std = posterior_of(model, params, batch)
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
     return model.vae.config.scaling_factor * (mean + std * noise)
 
@@ -81,3 +93,54 @@ def tokens_of(model: Model, caption: str) -> np.ndarray:
     ids = np.full(tokenizer.length, tokenizer.pad, np.int32)
     ids[: len(tokens) + 2] = [tokenizer.bos, *tokens, tokenizer.eos]
     return ids
+
+
+def check_caches(task: Task, tensors: Mapping[str, Tensors], data: Images) -> None:
+    """UserError unless the caches among the sources hold what the task would compute itself.
+
+    Args:
+        tensors: what the task starts from, by part and path; of encoders the values are read.
+    """
+    for ref, held in data.caches().items():
+        if not task.cached:
+            raise UserError(f"{ref} is a cache, and the task reads pictures; name their folder")
+        for part, path in learned(task, tensors).items():
+            made = getattr(held, part)
+            if not made:  # it holds nothing of this part
+                continue
+            if path:
+                raise UserError(f"{path} learns, and {ref} holds what it made before: cache again")
+            found = fingerprint(part, tensors[part])
+            if found != made:
+                raise UserError(
+                    f"{ref} was made by the {part} of {held.model} ({made}), and that of "
+                    f"{task.model.name} is another ({found}): cache again"
+                )
+
+
+def learned(task: Task, tensors: Mapping[str, Tensors]) -> dict[str, str]:
+    """By part, a path that learns of those that make what a cache holds; "" where none does."""
+    given = {
+        f"{part}/{path}": jax.ShapeDtypeStruct(tensor.shape, jnp.float32)
+        for part, of in tensors.items()
+        for path, tensor in of.items()
+    }
+    shapes = jax.eval_shape(task.init, jax.random.key(0), trees.unflatten(given))
+    paths = [path for path in trees.flatten(shapes) if task.learns(path)]
+    # Factors of a kernel lie elsewhere in the tree, and have its path in theirs.
+    return {
+        part: next((path for path in paths if any(prefix in path for prefix in prefixes)), "")
+        for part, prefixes in ENCODERS.items()
+    }
+
+
+def fingerprint(part: str, tensors: Tensors) -> str:
+    """A checksum of the values, as float32, by which a part makes what a cache holds."""
+    crc = 0
+    for path in sorted(tensors):
+        if f"{part}/{path}".startswith(ENCODERS[part]):
+            tensor = tensors[path]
+            whole = tensor.read(tuple(slice(0, side) for side in tensor.shape))
+            values = np.ascontiguousarray(whole, np.float32)
+            crc = zlib.crc32(values.data, zlib.crc32(path.encode(), crc))
+    return f"{crc:08x}"

@@ -1,6 +1,6 @@
 """Learning CLIP: pictures and captions in one space."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -24,7 +24,8 @@ class Contrastive:
     """Learn which caption belongs to which picture of a batch (Radford et al. 2021, figure 3).
 
     The model's text encoder learns with an image encoder of its width and depth. Negatives are the
-    other examples of the batch, or of its part where it is accumulated.
+    other examples of the batch, or of its part where it is accumulated. The model folder has a
+    folder `clip` in the end, which transformers' CLIPModel loads.
     """
 
     model: str = "fresh:mini"
@@ -70,6 +71,7 @@ class Contrastive:
             return {**given, "clip": clip}
 
         example = partial(_pair, model=model)
+        model = replace(model, vision=vision)
         loss = partial(contrastive_loss, model, vision)
         return Task(model, init, base.by_patterns(self.learn), loss, example)
 

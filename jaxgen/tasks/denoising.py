@@ -17,7 +17,6 @@ from jaxgen.denoiser import Model
 from jaxgen.diffusion import losses
 from jaxgen.diffusion.losses import Objective
 from jaxgen.load import pipeline_of
-from jaxgen.models.unet import UNet
 from jaxgen.request import read_schedule
 from jaxgen.tasks import base
 from jaxgen.tasks.base import Batch, Example, Metrics, Task
@@ -53,7 +52,7 @@ class TextToImage:
             raise UserError(f"{model.name} reads pictures; text_to_image needs a UNet without")
         model = _scheduled(self, model)
         tokens = partial(_captioned, model=model)
-        return _task(self, model, lambda params, batch: (), tokens)
+        return _task(self, model, lambda params, batch: (), tokens)._replace(cached=True)
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def _widened(model: Model, channels: int) -> Model:
         raise UserError(
             f"{model.name} has {found} input channels; {plain} or {channels} are wanted"
         )
-    unet = UNet(replace(model.unet.config, in_channels=channels))
+    unet = replace(model.unet, config=replace(model.unet.config, in_channels=channels))
     return replace(model, unet=unet, pipeline=pipeline_of(unet))
 
 

@@ -1,122 +1,156 @@
 """The one loop: every task, from its first step or from where it was stopped."""
 
 import dataclasses
-import signal
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxgen import flops, generate, sharding, trees, zoo
+from jaxgen import flops, generate, sharding, trees
 from jaxgen.data.images import grid
 from jaxgen.data.pipeline import Loader
 from jaxgen.denoiser import Model
-from jaxgen.load import DTYPES, PARTS, open_model, read_params
-from jaxgen.save import save
-from jaxgen.tasks.base import Task
-from jaxgen.training import metrics, optim
-from jaxgen.training import step as steps
+from jaxgen.load import PARTS, read_params
+from jaxgen.training import metrics, optim, result, setup, signals
 from jaxgen.training.checkpoint import Checkpoints
-from jaxgen.training.recipe import Train, differences, fields
-from jaxgen.training.step import State
+from jaxgen.training.recipe import Train, fields
+from jaxgen.training.setup import begin, compiled_once
 from jaxgen.types import Params, UserError
+
+logger = logging.getLogger(__name__)
 
 
 def train(recipe: Train, progress: bool = True) -> Path | None:
     """Trains, or goes on with, what a recipe describes.
 
-    In order: the model and the task; the mesh and where everything lives on it; the last
-    checkpoint, whose record must agree with the recipe; the data from that step on; then step by
-    step. Every process of a cluster calls this with the same recipe.
+    Every process of a cluster calls this with the same recipe. Where one of them fails alone, it
+    says so, and the runtime ends them all once it misses it, after minutes.
 
     Returns:
         The model folder; None if a signal (SIGTERM, Ctrl-C) stopped the run, which is saved.
 
     Raises:
-        UserError: for what does not fit, before anything compiles; and if the run diverges.
+        UserError: for what does not fit, before anything is compiled or written; for data that
+            fail on the way, once the run is saved; for a full disk or device; and if the run
+            diverges. The last checkpoint that was saved whole stays.
     """
-    run = Run(recipe)
-    if run.first >= recipe.steps and (recipe.out / "model").exists():
+    if finished(recipe):
         return recipe.out / "model"
-    with run.loader(), run.log(progress) as log, _signals() as stopped:
-        finished = run.learn(log, stopped)
-        return run.finish(log) if finished else None
+    try:
+        return _train(recipe, progress)
+    except metrics.Diverged as error:
+        raise UserError(
+            f"{error.name} is {error.value} at step {error.step}; {_checkpoints(recipe).kept()}; "
+            "a lower learning_rate or a longer warmup may help, in another folder (out)"
+        ) from None
+    except jax.errors.JaxRuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        raise UserError(
+            f"the devices have too little memory; {_checkpoints(recipe).kept()}; a higher "
+            "accumulate or mesh.fsdp, or a lower batch_size need less"
+        ) from None
+    except OSError as error:  # a full disk, most often
+        raise UserError(f"{recipe.out}: {error}; {_checkpoints(recipe).kept()}") from None
+
+
+def _train(recipe: Train, progress: bool) -> Path | None:
+    run = Run(recipe)
+    with run.loader(), run.checkpoints, run.log(progress) as log, signals.caught() as stopped:
+        return run.finish() if run.learn(log, stopped) else None
+
+
+def _checkpoints(recipe: Train) -> Checkpoints:
+    return Checkpoints(recipe.out / "checkpoints", recipe.keep)
+
+
+def finished(recipe: Train) -> bool:
+    """Whether nothing is left to do: the last step's model is there, whole."""
+    checkpoints = _checkpoints(recipe)
+    past = setup.past(recipe, checkpoints)
+    at_the_end = past is not None and checkpoints.latest == recipe.steps
+    return at_the_end and result.step_of(recipe.out / "model") == recipe.steps
 
 
 class Run:
-    """What a run is made of; `first` is the step it begins, or goes on, at."""
+    """What a run is made of; `first` is the step it begins, or goes on, after.
+
+    In order: the last checkpoint, whose record must agree with the recipe; the mesh; the model and
+    the task, of which no weights are read yet; the data and a first batch of them; and only then
+    weights, and where everything lives on the mesh. Nothing is compiled but the optimizer's first
+    state, and nothing is written.
+    """
 
     def __init__(self, recipe: Train) -> None:
-        self.recipe = recipe
+        self.recipe, self.record = recipe, fields(recipe)
+        self.model_folder = recipe.out / "model"
+        self.checkpoints = _checkpoints(recipe)
+        self.past = setup.past(recipe, self.checkpoints)
+        self.first = self.checkpoints.latest or 0
         self.mesh = sharding.training_mesh(**dataclasses.asdict(recipe.mesh))
-        self.share = _share(recipe, self.mesh)
-        self.task, params = open_task(recipe, sharding.layout(self.mesh))
-        self.state, self.frozen, self.transform = begin(recipe, self.task, params, self.mesh)
-        self.checkpoints = Checkpoints(recipe.out / "checkpoints", recipe.keep)
-        self.record = fields(recipe)
-        self.resumed: dict[str, Any] = {}  # sums of metrics since the last line
-        self.read_from: dict[str, Any] | None = None  # the data of the checkpoint
-        self.first = 0
-        if (latest := self.checkpoints.latest) is not None:
-            self._resume(latest)
+        share = setup.share(recipe, self.mesh)
+        result.check_place(self.model_folder, goes_on=self.past is not None)
+        self.task, tensors = setup.open_task(recipe)
+        self.data = self._open_data(share)
+        try:
+            self.batch = self._next_batch()
+            given = read_params(tensors, "f32", sharding.layout(self.mesh))
+            params = self.task.init(jax.random.key(recipe.seed), given)
+            self.state, self.frozen, self.transform = begin(recipe, self.task, params, self.mesh)
+            if self.past:
+                like = jax.tree.map(_shape, self.state)
+                self.state = self.checkpoints.restore(self.first, like)
+            self.step = compiled_once(recipe, self.task, self.transform, self.state, self.mesh)
+        except BaseException:
+            self.data.close()
+            raise
 
-    def _resume(self, latest: int) -> None:
-        recorded = self.checkpoints.record(latest)
-        different = differences(recorded["recipe"], self.record)
-        if different:
-            raise UserError(
-                f"{self.checkpoints.folder} is of another run ({'; '.join(different)}); "
-                "name another folder (out), or undo the change"
-            )
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
+    def _open_data(self, share: tuple[int, int]) -> Loader:
+        """The data, from the step on that comes next; a finished run sees its last batch again."""
+        recipe = self.recipe
+        columns = tuple(dict.fromkeys((*recipe.data.columns, *self.task.columns)))
+        data = Loader(
+            dataclasses.replace(recipe.data, columns=columns),
+            self.task.example,
+            recipe.batch_size,
+            recipe.seed,
+            min(self.first, recipe.steps - 1),
+            *share,
         )
-        self.state = self.checkpoints.restore(latest, like)
-        self.first, self.resumed, self.read_from = latest, recorded["log"], recorded["data"]
+        if self.past:
+            setup.check_same_data(data.fingerprint(), self.past, self.checkpoints.folder)
+        return data
 
     @contextmanager
     def loader(self) -> Iterator[None]:
-        """The data, from the step on that comes next."""
-        data = self.recipe.data
-        columns = tuple(dict.fromkeys((*data.columns, *self.task.columns)))
-        self.data = Loader(
-            dataclasses.replace(data, columns=columns),
-            self.task.example,
-            self.recipe.batch_size,
-            self.recipe.seed,
-            self.first,
-            *self.share,
-        )
+        """Ends the threads that read data."""
         try:
-            found, then = self.data.fingerprint(), self.read_from
-            if then is not None and then != found:
-                names = [name for name in found if then.get(name) != found[name]]
-                raise UserError(f"{self.checkpoints.folder} saw other data ({', '.join(names)})")
             yield
         finally:
             self.data.close()
 
     def log(self, progress: bool) -> metrics.Log:
+        """Opens the metrics, and removes what a killed run left half-written."""
         recipe = self.recipe
-        self.batch = self._next_batch()
-        self.step = compiled_once(recipe, self.task, self.transform, self.state)
+        if jax.process_index() == 0:
+            result.discard(self.model_folder)
+        with jax.set_mesh(self.mesh):
+            work = flops.count(self.step, self.state, self.frozen, self.batch)  # traces it for good
         return metrics.Log(
             recipe.out,
             recipe.steps,
             self.first,
             recipe.batch_size,
-            flops.count(self.step, self.state, self.frozen, self.batch),
+            work,
             jax.devices(),
             progress=progress,
             writes=jax.process_index() == 0,
             every=recipe.log_every,
-            resumed=self.resumed,
+            resumed=self.past and self.past["log"],
         )
 
     def _next_batch(self) -> dict[str, jax.Array]:
@@ -128,150 +162,92 @@ class Run:
         recipe, first = self.recipe, self.recipe.profile[0]
         rate = optim.rate(recipe.optimizer, recipe.steps)
         profiler = metrics.Profiler(recipe.out, first, recipe.profile[1] - first + bool(first))
-        saved = self.first
         for done in range(self.first + 1, recipe.steps + 1):
             profiler.before(done, self.state.step)
-            self.state, values = self.step(self.state, self.frozen, self.batch)
-            if done < recipe.steps:
-                self.batch = self._next_batch()  # while the device works
+            with jax.set_mesh(self.mesh):
+                self.state, values = self.step(self.state, self.frozen, self.batch)
+            failed = self._prepare_next(done)  # while the device works
             log.add(done, values | {"learning_rate": rate(done - 1)})
-            stops = stopped.is_set() or self.checkpoints.stops(done)
-            if stops or done % recipe.save_every == 0 or done == recipe.steps:
+
+            ends = done == recipe.steps
+            stops = failed or stopped.is_set() or self.checkpoints.stops(done)
+            if stops or ends or done % recipe.save_every == 0:
                 self.save(log, done)
-                saved = done
-            if done % recipe.samples.every == 0 or done == recipe.steps:
+            self.checkpoints.look()
+            if ends or done % recipe.samples.every == 0:
                 self.sample(log, done)
-            if stops and done < recipe.steps:
+            if failed:
+                raise failed
+            if stops and not ends:
                 break
+        else:
+            done = recipe.steps
         profiler.stop(self.state.step)
-        self.checkpoints.close()
-        return saved == recipe.steps
+        self.checkpoints.wait()
+        return done == recipe.steps
+
+    def _prepare_next(self, done: int) -> UserError | None:
+        """Reads the batch of the next step. What is wrong with the data is returned.
+
+        So that a run is saved first. Of several processes only one may know: that one raises.
+        """
+        try:
+            if done < self.recipe.steps:
+                self.batch = self._next_batch()
+        except UserError as error:
+            if jax.process_count() > 1:
+                raise
+            return error
+        return None
 
     def save(self, log: metrics.Log, step: int) -> None:
-        """A checkpoint; never of a state that has diverged."""
+        """A checkpoint, once all losses up to this step are seen to be finite."""
         with log.paused():
             record = {"recipe": self.record, "data": self.data.fingerprint(), "log": log.state()}
             self.checkpoints.save(step, self.state, record)
 
-    def parameters(self, where: sharding.Layout | None = None) -> Params:
+    def parameters(self) -> Params:
         """What is sampled and saved: averages where there are some, on the host."""
         learned = self.state.averaged or self.state.learned
         return sharding.to_host(trees.combine(learned, self.frozen))
 
     def sample(self, log: metrics.Log, step: int) -> None:
         """A grid of the recipe's prompts; one process makes it."""
-        wanted = self.recipe.samples
-        if not wanted.prompts:
+        if not self.recipe.samples.prompts:
             return
         with log.paused():
             params = self.parameters()
             if jax.process_index() == 0:
-                log.images(step, "samples", grid(_pictures(self.task.model, params, self.recipe)))
+                try:
+                    pictures = _pictures(self.task.model, params, self.recipe)
+                except UserError as error:  # no reason to stop
+                    logger.warning("no samples of step %d: %s", step, error)
+                else:
+                    log.images(step, "samples", grid(pictures))
 
-    def finish(self, log: metrics.Log) -> Path:
-        """The model folder, all or nothing."""
-        folder = self.recipe.out / "model"
+    def finish(self) -> Path:
+        """The model folder."""
         params = self.parameters()
         if jax.process_index() == 0:
-            parts = {name: params[name] for name in PARTS}
-            save(self.task.finished(self.task.model, params, self.rows), parts, folder)
-        return folder
+            model = self.task.finished(self.task.model, params, self.rows)
+            parts = {name: params[name] for name in (*PARTS, "clip") if name in params}
+            try:
+                result.write(model, parts, self.model_folder, self.recipe.steps)
+            except UserError as error:
+                raise UserError(f"{error}; {self.checkpoints.kept()}") from None
+        return self.model_folder
 
 
-def open_task(recipe: Train, layout: sharding.Layout) -> tuple[Task, Params]:
-    """The task, and every parameter of it where a layout says."""
-    model, tensors = open_model(recipe.task.model)
-    for part in recipe.task.fresh:
-        if part not in PARTS:
-            raise UserError(f"fresh: {part!r} is not one of {', '.join(PARTS)}")
-        tensors[part] = zoo.fresh(getattr(model, part), part)
-    task = recipe.task.build(model)
-    if not any(task.learns(f"{part}/{path}") for part in tensors for path in tensors[part]):
-        raise UserError(f"learn = {recipe.task.learn}: no parameter has such a path")
-    given = read_params(tensors, "f32", layout)
-    return task, task.init(jax.random.key(recipe.seed), given)
-
-
-def begin(
-    recipe: Train, task: Task, params: Params, mesh: jax.sharding.Mesh
-) -> tuple[State, Params, Any]:
-    """The first state, what is frozen, and the optimizer; every array where it belongs."""
-    layout = sharding.layout(mesh)
-    whole = NamedSharding(mesh, PartitionSpec())
-    learns = lambda path: task.learns(path) and not optim.frozen(recipe.optimizer, path)  # noqa: E731
-    optim.check(recipe.optimizer, [p for p in trees.flatten(params) if task.learns(p)])
-    learned, frozen = trees.split(params, learns)
-    place = lambda path, x: jax.device_put(x, layout(path, x.shape))  # noqa: E731
-    learned = trees.map_with_path(place, learned)
-    dtype = DTYPES[recipe.dtype]
-    frozen = trees.map_with_path(lambda path, x: place(path, x.astype(dtype)), frozen)
-
-    transform = optim.build(recipe.optimizer, learned, recipe.steps)
-    start = partial(steps.start, optimizer=transform, average=recipe.ema)
-    shapes = jax.eval_shape(start, learned)
-    kept = jax.tree.map(lambda x: x.sharding, learned)
-    where = State(
-        whole,  # type: ignore[arg-type]
-        kept,
-        optim.shardings(shapes.optimizer, learned, layout, whole),
-        kept if recipe.ema else {},
-    )
-    return jax.jit(start, out_shardings=where)(learned), frozen, transform
-
-
-def compiled_once(recipe: Train, task: Task, transform: Any, state: State) -> Any:
-    """The step as one program, which takes its state's memory for the new one."""
-    step = steps.make(
-        task, transform, recipe.ema, recipe.seed, DTYPES[recipe.dtype], recipe.accumulate
-    )
-    where = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-
-
-def _share(recipe: Train, mesh: jax.sharding.Mesh) -> tuple[int, int]:
-    """Which part of a batch this process reads. UserError if the mesh does not divide the batch."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if recipe.batch_size % (ways * recipe.accumulate):
-        raise UserError(
-            f"batch_size {recipe.batch_size} in {recipe.accumulate} parts is not divisible by the "
-            f"mesh's data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}"
-        )
-    return sharding.batch_share(mesh)
+def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _pictures(model: Model, params: Params, recipe: Train) -> np.ndarray:
     """uint8 [N, H, W, 3], a picture for each prompt, on this process' first device."""
-    wanted = recipe.samples
-    size = recipe.data.size
     return generate.sample(
         model,
         jax.device_put(params, jax.local_devices()[0]),
-        list(wanted.prompts),
-        steps=wanted.steps,
-        guidance=wanted.guidance,
-        seed=wanted.seed,
-        size=(size, size),
+        list(recipe.samples.prompts),
         mesh=sharding.local_mesh(),
+        **setup.sampling(recipe),
     )
-
-
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets; a second Ctrl-C stops at once."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        stopped.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    # On several processes SIGTERM is the runtime's, which lets all of them stop at one step.
-    numbers = [signal.SIGINT, signal.SIGTERM][: 2 if jax.process_count() == 1 else 1]
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

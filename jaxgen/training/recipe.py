@@ -46,6 +46,10 @@ class Samples:
     seed: int = 0
     """Of the first picture; it is the same for every grid."""
 
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"every = {self.every} is not a whole number from 1")
+
 
 @dataclass(frozen=True)
 class Train:
@@ -98,9 +102,13 @@ class Train:
             raise UserError(f"dtype = {self.dtype!r} is not one of f32, bf16")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed = {self.seed} is not within 0 to 4294967295")
+        first, last = self.profile
+        if not (0 < first <= last or first == last == 0):
+            raise UserError(f"profile = {first} {last} is not a first and a last step, from 1")
 
 
-# What may differ from the run that is gone on with: it changes no value that is learned.
+# What may differ from the run that is gone on with: it changes nothing that was learned. Of `steps`
+# a schedule may depend that has an end; it then goes on as if it had always been as long.
 FREE = (
     "steps accumulate remat mesh out save_every keep log_every samples profile "
     "data.workers data.threads data.bad_share"
@@ -126,9 +134,16 @@ def _listed(value: Any) -> Any:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What two runs differ in, beyond what may differ: "seed: 0, now 1"."""
-    free = lambda name: any(name == f or name.startswith(f"{f}.") for f in FREE)  # noqa: E731
-    return [
-        f"{name}: {old.get(name)}, now {new.get(name)}"
-        for name in dict.fromkeys([*old, *new])
-        if not free(name) and old.get(name) != new.get(name)
-    ]
+    # The parts of a batch are all that the examples of a contrastive loss are compared with.
+    skipped = [name for name in FREE if name != "accumulate" or new["task"] != "Contrastive"]
+    found = []
+    for name in dict.fromkeys([*old, *new]):
+        if old.get(name) == new.get(name) or _within(name, skipped):
+            continue
+        found.append(f"{name}: {old.get(name)}, now {new.get(name)}")
+        skipped.append(name)  # of a part that is another, the fields say no more
+    return found
+
+
+def _within(name: str, names: list[str]) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in names)

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from jaxgen import trees
+from jaxgen import sharding, trees
 from jaxgen.tasks.base import Batch, Metrics, Task
 from jaxgen.training import ema
 from jaxgen.training.ema import EMA
@@ -40,6 +41,7 @@ def make(
     seed: int,
     dtype: jnp.dtype,
     accumulate: int = 1,
+    mesh: Mesh | None = None,
 ) -> Step:
     """The step (state, frozen parameters, batch) -> (state, metrics), to be jitted.
 
@@ -48,9 +50,15 @@ def make(
     """
 
     def loss(learned: Params, frozen: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
-        return task.loss(trees.combine(cast(learned, dtype), frozen), batch, key)
+        params = trees.combine(cast(learned, dtype), frozen)
+        if mesh is not None:
+            params = sharding.gather(mesh, params)
+        return task.loss(params, batch, key)
 
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    kept = loss
+    if mesh is not None and mesh.shape["fsdp"] > 1 and jax.default_backend() != "cpu":
+        kept = jax.checkpoint(loss, policy=sharding.gather_again)
+    gradient = jax.value_and_grad(kept, has_aux=True)
 
     def step(state: State, frozen: Params, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)

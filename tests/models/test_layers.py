@@ -15,6 +15,8 @@ from diffusers.models.upsampling import Upsample2D
 
 from jaxgen import sharding
 from jaxgen.models import layers, winograd
+from jaxgen.models.convolution import convolve
+from jaxgen.models.correlation import patched
 from jaxgen.models.layers import (
     Conv,
     Downsample,
@@ -165,7 +167,7 @@ def test_the_patch_form_of_a_convolution_has_its_values_and_gradients(kernel, st
         return y, *pull(jnp.sin(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
 
     expected = value_and_gradients(reference, x, w)
-    for form in (layers._convolve_patches, layers.convolve):
+    for form in (patched, convolve):
         actual = value_and_gradients(partial(form, stride=stride, padding=padding), x, w)
         for got, wanted in zip(actual, expected, strict=True):
             assert error(got, wanted) < TOLERANCE

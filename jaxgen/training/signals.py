@@ -1,0 +1,34 @@
+"""Signals that ask a run to stop, which then saves itself first."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+
+@contextmanager
+def caught() -> Iterator[threading.Event]:
+    """An event that SIGTERM or Ctrl-C sets; a second Ctrl-C stops at once."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if jax.process_count() > 1:
+            # SIGTERM is the runtime's there, which lets all processes stop at one step.
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            stopped.set()
+
+    numbers = [signal.SIGINT, signal.SIGTERM][: 2 if jax.process_count() == 1 else 1]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
