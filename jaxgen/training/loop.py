@@ -41,27 +41,24 @@ def train(recipe: Train, progress: bool = True) -> Path | None:
     if finished(recipe):
         return recipe.out / "model"
     try:
-        return _train(recipe, progress)
+        run = Run(recipe)
+        with run.loader(), run.checkpoints, run.log(progress) as log, signals.caught() as stopped:
+            return run.finish() if run.learn(log, stopped) else None
     except metrics.Diverged as error:
-        raise UserError(
-            f"{error.name} is {error.value} at step {error.step}; {_checkpoints(recipe).kept()}; "
-            "a lower learning_rate or a longer warmup may help, in another folder (out)"
-        ) from None
+        what = f"{error.name} is {error.value} at step {error.step}"
+        advice = "a lower learning_rate or a longer warmup may help, in another folder (out)"
+    except OSError as error:  # a full disk, most often
+        what, advice = f"{recipe.out}: {error}", "once that is mended, the same command goes on"
     except jax.errors.JaxRuntimeError as error:
         if "out of memory" not in str(error).lower():
             raise
-        raise UserError(
-            f"the devices have too little memory; {_checkpoints(recipe).kept()}; a higher "
-            "accumulate or mesh.fsdp, or a lower batch_size need less"
-        ) from None
-    except OSError as error:  # a full disk, most often
-        raise UserError(f"{recipe.out}: {error}; {_checkpoints(recipe).kept()}") from None
-
-
-def _train(recipe: Train, progress: bool) -> Path | None:
-    run = Run(recipe)
-    with run.loader(), run.checkpoints, run.log(progress) as log, signals.caught() as stopped:
-        return run.finish() if run.learn(log, stopped) else None
+        what = "the devices have too little memory"
+        advice = "a lower batch_size, or a higher accumulate or mesh.fsdp needs less"
+    last = _checkpoints(recipe).latest
+    kept = "no checkpoint yet"
+    if last is not None:
+        kept = f"the checkpoint of step {last} is whole (steps = {last} makes a model of it)"
+    raise UserError(f"{what}; {kept}; {advice}")
 
 
 def _checkpoints(recipe: Train) -> Checkpoints:
