@@ -32,7 +32,8 @@ PIPELINES = (
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
-CLIP_TOKENIZER = Path(__file__).parent / "assets" / "clip_tokenizer"
+ASSETS = Path(__file__).parent / "assets"
+CLIP_TOKENIZER = ASSETS / "clip_tokenizer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +105,8 @@ def open_model(
     if prediction not in (None, *PREDICTIONS):
         raise UserError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
     if str(ref).startswith(zoo.PREFIX):
-        model = _open_fresh(str(ref))
-        return _predicting(model, prediction), {n: zoo.fresh(getattr(model, n), n) for n in PARTS}
+        model, tensors = _open_fresh(str(ref))
+        return _predicting(model, prediction), tensors
     path = find(ref, variant)
     if path.is_file():
         model, released = _open_single(path, prediction)
@@ -247,13 +248,20 @@ def _open_single(path: Path, prediction: str | None) -> tuple[Model, dict[str, T
     return model, tensors
 
 
-def _open_fresh(ref: str) -> Model:
-    configs = zoo.configs(ref)
+def _open_fresh(ref: str) -> tuple[Model, dict[str, Tensors]]:
+    """An architecture of the zoo; parts that ship trained are in the assets, under its name."""
+    configs = dict(zoo.configs(ref))
+    shipped = {}
+    for name, part in PARTS.items():
+        folder = ASSETS / ref.removeprefix(zoo.PREFIX) / part.folder
+        if folder.is_dir():
+            configs[name] = _typed(config.read_json(folder / "config.json"), part, folder)
+            shipped[name] = rename.by_path(files.open_folder(folder, part.stem, ""))
     networks = {name: part.read(configs[name], f"{ref}: {name}") for name, part in PARTS.items()}
     tokenizer = Tokenizer.read(CLIP_TOKENIZER, pad="<|endoftext|>")
     model = Model(**networks, tokenizer=tokenizer, scheduler=configs["scheduler"], name=ref)
     _check(model)
-    return model
+    return model, {n: shipped.get(n) or zoo.fresh(getattr(model, n), n) for n in PARTS}
 
 
 def pipeline_of(unet: UNet) -> str:

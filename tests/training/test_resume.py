@@ -1,12 +1,16 @@
 """A run that was killed or stopped, and goes on, is the run that never was."""
 
 import json
+import shutil
 import signal
 import time
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 
+import jaxgen
 from tests.training.pictures import write_folder
 from tests.training.runs import Runs, assert_same, metrics, wait_for_line, worst
 
@@ -86,19 +90,17 @@ def test_two_processes_are_one_and_stop_together(runs, whole, tmp_path):
     assert_same(tmp_path / "stopped", tmp_path / "both")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_on_another_mesh(runs, tmp_path):
-    eight = {"devices": 8}
-    first, rest = ("--steps", "6"), ("--steps", "12")
-    shapes = {"a": (1, 8, 1), "b": (4, 2, 1), "c": (2, 2, 2)}
-    losses = {}
-    for name, shape in shapes.items():
-        out = tmp_path / name
-        start = mesh_options(shapes["a"])
-        runs.finish(out, *first, *start, **eight)
-        runs.finish(out, *rest, *mesh_options(shape), **eight)
-        losses[name] = [line["loss"] for line in metrics(out)]
-    np.testing.assert_allclose(losses["b"], losses["a"], rtol=1e-5)
-    np.testing.assert_allclose(losses["c"], losses["a"], rtol=1e-5)
+    runs.finish(tmp_path / "first", "--steps", "6", *mesh_options((1, 8, 1)), devices=8)
+    losses = []
+    for shape in ((1, 8, 1), (4, 2, 1), (2, 2, 2)):
+        out = tmp_path / str(shape)
+        shutil.copytree(tmp_path / "first", out)
+        runs.finish(out, "--steps", "12", *mesh_options(shape), devices=8)
+        losses.append([line["loss"] for line in metrics(out)])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
 
 
 def mesh_options(shape):
@@ -107,6 +109,23 @@ def mesh_options(shape):
         for name, size in zip(("data", "fsdp", "tensor"), shape)
         for word in (f"--mesh.{name}", str(size))
     ]
+
+
+def test_diffusers_samples_the_trained_folder_to_the_same_image(whole):
+    latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4), np.float32)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(whole / "model")
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(
+        "a red picture",
+        latents=torch.tensor(latents.transpose(0, 3, 1, 2)),
+        num_inference_steps=4,
+        height=32,
+        width=32,
+        output_type="np",
+    ).images
+    model, params = jaxgen.load(whole / "model")
+    ours = jaxgen.sample(model, params, "a red picture", latents=latents, steps=4, size=(32, 32))
+    assert np.abs(ours.astype(int) - np.round(expected * 255).astype(int)).max() <= 1
 
 
 def test_a_model_that_is_half_written_is_written_again(runs, whole, tmp_path):
