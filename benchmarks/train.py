@@ -161,6 +161,7 @@ def ours(folder: str, batch: int, runs: int) -> None:
     import jax
 
     from jaxgen import sharding
+    from jaxgen.generate import trim
     from jaxgen.load import read_params
     from jaxgen.training import setup
 
@@ -173,6 +174,8 @@ def ours(folder: str, batch: int, runs: int) -> None:
 
     with jax.set_mesh(mesh):
         program = setup.compiled_once(recipe, task, transform, state, mesh)
+        program.lower(state, frozen, rows).compile()
+        trim()
 
         def step() -> float:
             nonlocal state

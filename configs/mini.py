@@ -2,8 +2,9 @@
 
     jaxgen train configs/mini.py --data.source FOLDER
 
-The UNet and the text encoder learn from random parameters, in about a minute on two cores. It
-shows every part of training at work; its pictures are sketches. Numbers are the project's own.
+The UNet and the text encoder learn from random parameters; the autoencoder was learned before (see
+configs/mini_vae.py). It shows every part of training at work in some minutes on two cores, and
+`--steps 60` in one; its pictures are sketches. Numbers are the project's own.
 """
 
 from pathlib import Path

@@ -11,7 +11,7 @@ from pathlib import Path
 from jaxgen.training.recipe import EMA, AdamW, Autoencoder, Images, Train
 
 config = Train(
-    task=Autoencoder(model="fresh:mini", kl=1e-4),
+    task=Autoencoder(model="fresh:mini", fresh=("vae",), kl=1e-4),
     data=Images(source="tests/assets/emoji", size=64, flip=True),
     optimizer=AdamW(learning_rate=2e-3, warmup=50, schedule="cosine", weight_decay=1e-4),
     ema=EMA(decay=0.99),

@@ -155,11 +155,11 @@ def _denoise(
         )  # fmt: skip
         before.block_until_ready()  # a step behind, so that the device never waits for the bar
         bar.update()
-    _trim()
+    trim()
     return state.x
 
 
-def _trim() -> None:
+def trim() -> None:
     """Gives back to the system what compilers have freed: hundreds of MB that malloc would keep."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # the C library is not glibc
         ctypes.CDLL(None).malloc_trim(0)

@@ -137,6 +137,8 @@ class Run:
             result.discard(self.model_folder)
         with jax.set_mesh(self.mesh):
             work = flops.count(self.step, self.state, self.frozen, self.batch)  # traces it for good
+            self.step.lower(self.state, self.frozen, self.batch).compile()
+        generate.trim()  # what the compiler has freed, before the first step needs it
         return metrics.Log(
             recipe.out,
             recipe.steps,

@@ -192,7 +192,7 @@ def build(optimizer: Optimizer, learned: Params, steps: int) -> optax.GradientTr
     """
     return _in_float32(
         optax.chain(
-            optax.clip_by_global_norm(optimizer.clip) if optimizer.clip else optax.identity(),
+            _clip(optimizer.clip) if optimizer.clip else optax.identity(),
             optimizer.direction(),
             _decay_and_factor(optimizer, [*trees.flatten(learned)]),
             optimizer.stride(),
@@ -225,6 +225,16 @@ def shardings(
         return where(path, leaf.shape) if shapes.get(path) == leaf.shape else replicated
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _clip(most: float) -> optax.GradientTransformation:
+    """Gradients times a factor; divided, as optax does it, XLA would keep all of them once more."""
+
+    def update(grads: Params, params: Params | None) -> Params:
+        factor = jnp.minimum(1, most / optax.tree.norm(grads))
+        return jax.tree.map(lambda grad: factor * grad, grads)
+
+    return optax.stateless(update)
 
 
 def _decay_and_factor(optimizer: Optimizer, paths: list[str]) -> optax.GradientTransformation:

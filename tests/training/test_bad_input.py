@@ -292,6 +292,22 @@ def ended():
     return True
 
 
+class Compiled:
+    """What jit returns, of a function that is not compiled."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+    def lower(self, *_):
+        return self
+
+    def compile(self):
+        return self
+
+
 class Steps:
     """Stands for the compiled step: counts, and has the loss it is told to have."""
 
@@ -299,7 +315,7 @@ class Steps:
         self.name, self.values, self.made = name, values or {}, []
 
     def __call__(self, *_):
-        return self.step
+        return Compiled(lambda *args: self.step(*args))
 
     def step(self, state, frozen, batch):
         done = state.step + 1
