@@ -28,10 +28,8 @@ STEPS, BATCH = 10, 4
 TASKS = {
     "epsilon": TextToImage(),
     "v and zero SNR": TextToImage(prediction="v_prediction", zero_snr=True),
-    "min-SNR": TextToImage(snr_gamma=5.0),
     "min-SNR of v": TextToImage(prediction="v_prediction", snr_gamma=5.0),
-    "offset noise": TextToImage(offset_noise=0.1),
-    "input perturbation": TextToImage(input_perturbation=0.1),
+    "min-SNR and more noise": TextToImage(snr_gamma=5.0, offset_noise=0.1, input_perturbation=0.1),
     # Not random: where all is hidden, this VAE's norms divide by next to nothing.
     "inpainting": Inpainting(masks="data"),
     "editing": Editing(),
