@@ -140,9 +140,8 @@ class Reader:
     def _read(self, i: int) -> Example:
         size, rng = self.data.size, np.random.default_rng(0)  # nothing is drawn from it
         example = prepared(self.data, self.source, i, (size, size), rng)
-        sided = any(transforms.SIDES.search(text) for text in transforms._texts(example))
         kept = {"image": example["image"], "caption": example["caption"]}
-        return {"index": i, "mirrors": self.flip and not sided} | kept
+        return {"index": i, "mirrors": self.flip and transforms.may_flip(example)} | kept
 
 
 class Encoders:

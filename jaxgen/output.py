@@ -9,34 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxgen import generate
+from jaxgen import generate, locks
 from jaxgen.data import images
 from jaxgen.denoiser import Model
 from jaxgen.request import Plan
 from jaxgen.types import Params, UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 GRID = 64  # pictures at most in grid.png
-
-
-def _lock(folder: Path) -> int | None:
-    """Holds a folder until the process ends, so that two runs never take the same numbers."""
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"another run is writing to {folder}; name another --out") from None
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 class Writer:
@@ -53,7 +32,7 @@ class Writer:
         try:
             self.made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
-            self.lock = _lock(folder)
+            self.lock = locks.hold(folder, "--out")
             known = self.list.exists()
             self.list.open("a").close()
             if not known:  # until there is a picture to list

@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from jaxgen import cli, generate, output
+from jaxgen import cli, generate, locks
 from jaxgen.data import images, latents
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -364,7 +364,7 @@ def test_a_seed_file_may_hold_its_guidance_in_float32(here):
 
 def test_two_runs_do_not_write_to_one_folder(here, capsys):
     Path("out").mkdir()
-    other = output._lock(Path("out"))
+    other = locks.hold(Path("out"), "--out")
     sample("a fox", code=2)
     assert "another run is writing to out" in capsys.readouterr().err
     os.close(other)

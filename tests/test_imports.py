@@ -13,7 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # design.md, "The house": a floor imports from floors below it, never from beside or above.
 FLOORS = [
     ["types"],
-    ["trees", "config", "flops"],
+    ["trees", "config", "flops", "locks"],
     ["sharding"],
     ["models", "diffusion", "adapters", "weights", "data"],
     ["denoiser"],

@@ -115,7 +115,7 @@ def flip(example: Example, rng: np.random.Generator, columns: Iterable[str] = ()
     Never one whose caption, phrases or other texts say left or right.
     """
     mirror = rng.random() < 0.5
-    if not mirror or any(SIDES.search(text) for text in _texts(example)):
+    if not mirror or not may_flip(example):
         return example
     example = dict(example)
     for name in pictures(example, columns):
@@ -124,6 +124,11 @@ def flip(example: Example, rng: np.random.Generator, columns: Iterable[str] = ()
         x0, y0, x1, y1 = checked_boxes(example).T
         example["boxes"] = np.stack([1 - x1, y0, 1 - x0, y1], axis=1)
     return example
+
+
+def may_flip(example: Example) -> bool:
+    """Whether no text of it says left or right."""
+    return not any(SIDES.search(text) for text in _texts(example))
 
 
 def _texts(example: Example) -> Iterable[str]:

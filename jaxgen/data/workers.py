@@ -12,6 +12,7 @@ from jaxgen.types import UserError
 
 
 def check_grain() -> None:
+    """UserError, with the way out, where grain is not installed."""
     try:
         import grain  # noqa: F401
     except ImportError:

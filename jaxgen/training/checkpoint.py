@@ -20,12 +20,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jaxgen import locks
 from jaxgen.types import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every step, and errors twice
 _OTHER = ("tree structures do not match", "Requested shape")  # what Orbax says of another state
@@ -62,7 +58,9 @@ class Checkpoints:
         )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder) if jax.process_index() == 0 else None
+            self._lock = (
+                locks.hold(self.folder, "folder (out)") if jax.process_index() == 0 else None
+            )
             self._manager = ocp.CheckpointManager(
                 self.folder, options=options, item_names=("state", "record")
             )
@@ -184,22 +182,6 @@ def _reason(error: Exception) -> str:
     if number:
         return os.strerror(number)
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
-def _lock(folder: Path) -> int | None:
-    """Holds a folder until the process ends: two runs would take each other's place."""
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"another run is writing to {folder}; name another folder (out)") from None
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _be_brief() -> None:

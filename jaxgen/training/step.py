@@ -29,8 +29,7 @@ Step = Callable[[State, Params, Batch], tuple[State, Metrics]]
 
 def start(learned: Params, optimizer: optax.GradientTransformation, average: EMA | None) -> State:
     """The state before the first step."""
-    # A copy: a step gives its state's memory away, and cannot give one array away twice.
-    averaged = jax.tree.map(jnp.copy, learned) if average else {}
+    averaged = ema.init(learned) if average else {}
     return State(jnp.zeros((), jnp.int32), learned, optimizer.init(learned), averaged)
 
 

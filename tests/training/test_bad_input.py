@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from jax.core import Tracer
 
-from jaxgen import cli, trees
+from jaxgen import cli, locks, trees
 from jaxgen.data.pipeline import Loader
-from jaxgen.training import checkpoint, loop, metrics, result
+from jaxgen.training import loop, metrics, result
 from jaxgen.types import UserError
 from tests.training.pictures import write_folder
 
@@ -452,7 +452,7 @@ def test_a_truncated_checkpoint_can_be_left_out(ran, capsys, steps):
 
 
 def test_two_runs_do_not_write_to_one_folder(ran, capsys):
-    other = checkpoint._lock(Path("run/checkpoints"))
+    other = locks.hold(Path("run/checkpoints"), "folder (out)")
     before = content("run")
     train("--steps", "8", code=2)
     assert "another run is writing to" in one_line(capsys)

@@ -159,8 +159,8 @@ def test_tensorstore_s_number_of_an_error_is_found():
 
 
 def test_a_folder_is_held_by_one_run(tmp_path):
-    code = "import sys; from jaxgen.training import checkpoint; from pathlib import Path\n"
-    code += "checkpoint._lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    code = "import sys; from jaxgen import locks; from pathlib import Path\n"
+    code += "locks.hold(Path(sys.argv[1]), 'folder'); print('held', flush=True); sys.stdin.read()"
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
