@@ -2,15 +2,19 @@
 
     python benchmarks/sharding.py                   # the table of benchmarks/README.md
     python benchmarks/sharding.py --mesh 1,8,1      # one mesh: data, fsdp, tensor
+    python benchmarks/sharding.py --mesh 1,8,1 --tpu v5e:2x4 --remat --dtype bf16
 
 Each mesh is compiled in a process of its own, on as many virtual CPU devices, with cached latents
 and one example for each device of data and fsdp. State is what a step reads and gives back
 (parameters, both moments of AdamW, the average) and what is frozen (text encoder, VAE). Temp is
 what the compiler takes beside it: on a CPU all gathered weights and whole gradients, since its
-scheduler keeps them.
+scheduler keeps them. With `--tpu` it is the TPU's compiler, which needs `pip install 'jax[tpu]'`
+and no TPU.
 """
 
 import argparse
+import dataclasses
+import os
 import subprocess
 import sys
 import time
@@ -19,10 +23,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgen import sharding, trees
-from jaxgen.load import open_model
+from jaxgen.load import DTYPES, open_model
 from jaxgen.tasks.denoising import TextToImage
 from jaxgen.training import optim
 from jaxgen.training import step as steps
@@ -50,9 +55,20 @@ def parameters(tensors: Any, mesh: Mesh) -> Any:
     return trees.unflatten(found)
 
 
-def measure(shape: tuple[int, ...], ref: str) -> str:
+def pretend_tpu(topology: str) -> None:
+    """From here on the devices are those of a TPU slice, which can be compiled for and not run."""
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1"}  # there is no machine in a cloud to ask about itself
+    devices = topologies.get_topology_desc(topology, "tpu").devices
+    jax.devices = lambda *_: list(devices)
+    jax.default_backend = lambda: "tpu"
+
+
+def measure(shape: tuple[int, ...], options: argparse.Namespace) -> str:
     """A row of the table."""
-    model, tensors = open_model(ref)
+    model, tensors = open_model(options.model)
+    if options.remat:
+        unet = dataclasses.replace(model.unet, remat=True)
+        model = dataclasses.replace(model, unet=unet)
     task = TextToImage().build(model)
     mesh = sharding.training_mesh(*shape)
     params = parameters(tensors, mesh)
@@ -72,7 +88,7 @@ def measure(shape: tuple[int, ...], ref: str) -> str:
     shapes["place"] = jax.ShapeDtypeStruct((rows,), jnp.uint32)
     batch = abstract(shapes, {n: NamedSharding(mesh, sharding.BATCH) for n in shapes})
 
-    step = steps.make(task, transform, EMA(), 0, jnp.float32, mesh=mesh)
+    step = steps.make(task, transform, EMA(), 0, DTYPES[options.dtype], mesh=mesh)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
@@ -105,17 +121,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--mesh", help="data,fsdp,tensor; by default all of the table")
     parser.add_argument("--model", default="fresh:sd15")
+    parser.add_argument("--dtype", default="f32", choices=DTYPES, help="of products")
+    parser.add_argument("--remat", action="store_true", help="keep nothing from inside of blocks")
+    parser.add_argument("--tpu", help="a slice to compile for instead, as in v5e:2x4")
     options = parser.parse_args()
     if options.mesh:
         shape = tuple(int(n) for n in options.mesh.split(","))
-        jax.config.update("jax_num_cpu_devices", shape[0] * shape[1] * shape[2])
-        print(measure(shape, options.model), flush=True)
+        if options.tpu:
+            pretend_tpu(options.tpu)
+        else:
+            jax.config.update("jax_num_cpu_devices", shape[0] * shape[1] * shape[2])
+        print(measure(shape, options), flush=True)
         return
     print("| data x fsdp x tensor | state of a device | over 1/N | temp | compiled in |")
     print("|---|---|---|---|---|", flush=True)
     for mesh in MESHES:
-        command = [sys.executable, __file__, "--model", options.model, "--mesh", mesh]
-        subprocess.run(command, check=True)
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--mesh", mesh], check=True)
 
 
 if __name__ == "__main__":

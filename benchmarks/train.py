@@ -7,7 +7,7 @@
 A step is noise, the UNet, its gradient, clipping and AdamW, on latents 64x64 and text 77x768. Each
 side is a process of its own, PyTorch and jaxgen in turn, so that memory is one side's alone; the
 steps of all its processes are pooled. The data part reads one folder of pictures with both
-libraries' loaders, in turn. Needs the `test` and `data` extras, 20 GB of free memory and 5 GB of
+libraries' loaders, in turn. Needs the `test` and `train` extras, 20 GB of free memory and 5 GB of
 disk. Prints Markdown for benchmarks/README.md.
 """
 

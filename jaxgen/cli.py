@@ -1,23 +1,19 @@
 """The command `jaxgen`: parse, then hand over to the library."""
 
 import argparse
-import contextlib
 import io
-import logging
 import os
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
-from tqdm import tqdm
 from tyro.conf import Positional
 
-from jaxgen import generate, request, sharding
+from jaxgen import generate, request, sharding, terminal
 from jaxgen.data import images, latents
 from jaxgen.denoiser import Model
 from jaxgen.load import DTYPES, describe, load, open_model, read_params
@@ -108,8 +104,8 @@ class Sample:
         """Checks everything, then compiles, then samples."""
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
-        _use_compile_cache()
-        with _notices_after():
+        terminal.use_compile_cache()
+        with terminal.notices_after():
             model, tensors = open_model(self.model, prediction=self.prediction)
             self._refuse_branches(model)
             checked = request.plan(model, self._request(model))
@@ -128,7 +124,7 @@ class Sample:
                 )
 
     def _request(self, model: Model) -> request.Request:
-        prompts = [*self.prompt, *(_lines(self.prompts) if self.prompts else ())]
+        prompts = [*self.prompt, *(terminal.read_lines(self.prompts) if self.prompts else ())]
         noise = None
         if self.latents:
             noise, found = latents.read_latents(self.latents)
@@ -143,14 +139,14 @@ class Sample:
             guidance=self.guidance,
             image_guidance=self.image_guidance,
             rescale=self.rescale,
-            guidance_interval=_pair(self.guidance_interval, "--guidance-interval"),
+            guidance_interval=terminal.read_pair(self.guidance_interval, "--guidance-interval"),
             eta=self.eta,
             karras=self.karras,
             clip_skip=self.clip_skip,
             seed=self.seed,
             count=self.count,
             batch=self.batch,
-            size=_size(self.size),
+            size=terminal.read_size(self.size),
             image=images.read_image(self.image) if self.image else None,
             strength=self.strength,
             mask=images.read_mask(self.mask) if self.mask else None,
@@ -215,10 +211,10 @@ class Train:
         """Reads the config, then trains."""
         from jaxgen.training import configs, loop  # what only training needs is slow to import
 
-        parse = partial(_tyro, prog=f"jaxgen train {self.config}")
+        parse = partial(terminal.parse, prog=f"jaxgen train {self.config}")
         recipe = configs.read(self.config, self.options, parse)
-        _use_compile_cache()
-        with _notices_at_once():
+        terminal.use_compile_cache()
+        with terminal.notices_at_once():
             folder = loop.train(recipe)
         if folder:
             print(f"the model is in {folder}; jaxgen sample PROMPT --model {folder}")
@@ -252,10 +248,10 @@ class Cache:
         from jaxgen.data.cached import describe
         from jaxgen.training import configs
 
-        parse = partial(_tyro, prog=f"jaxgen cache {self.config}")
+        parse = partial(terminal.parse, prog=f"jaxgen cache {self.config}")
         recipe = configs.read(self.config, self.options, parse)
-        _use_compile_cache()
-        with _notices_at_once():
+        terminal.use_compile_cache()
+        with terminal.notices_at_once():
             folder = cache(recipe, self.out)
         held = describe(str(folder))
         assert held is not None
@@ -296,7 +292,7 @@ def _parse(arguments: Sequence[str] | None) -> Sample | Train | Cache | Info | C
         return Train(Path(given[1]), tuple(given[2:]))  # its options depend on the config
     if given[:1] == ["cache"] and given[1:2] and not given[1].startswith("-"):
         return _parse_cache(Path(given[1]), given[2:])
-    return _tyro(
+    return terminal.parse(
         Sample | Train | Cache | Info | Convert,
         args=given,
         prog="jaxgen",
@@ -314,105 +310,3 @@ def _parse_cache(config: Path, given: list[str]) -> Cache:
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; see jaxgen cache --help") from None
     return Cache(config, tuple(options), found.out)
-
-
-def _tyro(*args: Any, **kwargs: Any) -> Any:
-    """tyro.cli; what it says of a mistake becomes one line."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(*args, **kwargs)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        text = re.sub(r"\x1b\[[0-9;]*m|[─│╭╮╰╯]", " ", said.getvalue())
-        text = " ".join(text.split()).removeprefix("Value error ").removeprefix("Error ")
-        text = re.split(r" Argument helptext:|\.? For full helptext", text)[0]
-        raise UserError(f"{_tidy(text)}; see {kwargs['prog']} --help") from None
-
-
-def _tidy(text: str) -> str:
-    """What tyro says of a mistake, in fewer words."""
-    unknown = r"Unrecognized options (?:Unrecognized options: )?"
-    if found := re.match(unknown + r"(.*?)(?: Perhaps you meant: (--[\w.-]+).*)?$", text):
-        words = found[1].split(", ")
-        names = [word for word in words if word.startswith("-")] or words
-        hint = f"; perhaps {found[2]}?" if found[2] else ""
-        return f"no option {', '.join(names)}{hint}"
-    for pattern, words in (
-        (r"^(Missing argument|Invalid choice) |^parsing ([A-Z]\w*: )?", ""),
-        (r"invalid literal for int\(\) with base 10: ('.*')", r"\1 is no whole number"),
-        (r"could not convert string to float: ('.*')", r"\1 is no number"),
-        (r"no type matching (\S+) could be instantiated from \[(.*?)\]\..*", r"\2 is not \1"),
-    ):
-        text = re.sub(pattern, words, text)
-    return text or "no such option"
-
-
-@contextlib.contextmanager
-def _notices_after() -> Iterator[None]:
-    """What the library logs is said once all is well: an error stays the one line it is."""
-    notices: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: notices.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("jaxgen")
-    logger.addHandler(handler)
-    try:
-        yield
-        for notice in notices:
-            print(f"jaxgen: {notice}", file=sys.stderr)
-    finally:
-        logger.removeHandler(handler)
-
-
-@contextlib.contextmanager
-def _notices_at_once() -> Iterator[None]:
-    """What the library logs is said above the progress bar."""
-    handler = logging.Handler()
-    say = lambda record: tqdm.write(f"jaxgen: {record.getMessage()}", file=sys.stderr)  # noqa: E731
-    handler.emit = say  # type: ignore[method-assign]
-    logger = logging.getLogger("jaxgen")
-    logger.addHandler(handler)
-    before, logger.propagate = logger.propagate, False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = before
-
-
-def _use_compile_cache() -> None:
-    """Compiled programs are kept between runs, unless the user's own settings say where."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(home / "jaxgen" / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts in {path}: {error}") from None
-    return [line for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
-    if not match:
-        raise UserError(f"--size {text} is not WIDTHxHEIGHT, as in 512x512")
-    return int(match[1]), int(match[2])
-
-
-def _pair(text: str, name: str) -> tuple[float, float]:
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        raise UserError(f"{name} {text} is not two numbers, as in 0.2,0.8") from None
-    return low, high

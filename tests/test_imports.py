@@ -22,7 +22,7 @@ FLOORS = [
     ["save", "generate", "tasks"],
     ["output", "training"],
     ["evaluation"],
-    ["seedselect", "cache"],
+    ["seedselect", "cache", "terminal"],
     ["__init__"],
     ["cli"],
     ["__main__"],

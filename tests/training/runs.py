@@ -20,7 +20,7 @@ from jaxgen.training.recipe import EMA, AdamW, Images, Samples, TextToImage, Tra
 config = Train(
     task=TextToImage(model="{root}/tests/assets/tiny"),
     data=Images(source="{data}", size=32, crop="random", flip=True),
-    optimizer=AdamW(learning_rate=1e-3),
+    optimizer=AdamW(learning_rate=1e-3, epsilon=1e-4),
     ema=EMA(decay=0.9),
     batch_size=8,
     steps={steps},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxgen import cli
+from jaxgen import cli, terminal
 from jaxgen.tasks.contrastive import Contrastive
 from jaxgen.tasks.denoising import TextToImage
 from jaxgen.training import configs
@@ -21,7 +21,7 @@ RECIPE = Train(task=TextToImage(model="m"), data=Images(source="d"))
 
 def read(text, *options, path="config.py"):
     Path(path).write_text(text)
-    return configs.read(Path(path), options, partial(cli._tyro, prog="jaxgen train config.py"))
+    return configs.read(Path(path), options, partial(terminal.parse, prog="jaxgen train config.py"))
 
 
 @pytest.fixture(autouse=True)
