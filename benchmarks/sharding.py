@@ -73,6 +73,10 @@ def measure(shape: tuple[int, ...], options: argparse.Namespace) -> str:
     mesh = sharding.training_mesh(*shape)
     params = parameters(tensors, mesh)
     learned, frozen = trees.split(params, task.learns)
+    dtype = DTYPES[options.dtype]
+    frozen = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), frozen
+    )
     transform = optim.build(optim.AdamW(), learned, 1000)
     state = jax.eval_shape(partial(steps.start, optimizer=transform, average=EMA()), learned)
     whole, layout = NamedSharding(mesh, PartitionSpec()), sharding.layout(mesh)
@@ -88,7 +92,7 @@ def measure(shape: tuple[int, ...], options: argparse.Namespace) -> str:
     shapes["place"] = jax.ShapeDtypeStruct((rows,), jnp.uint32)
     batch = abstract(shapes, {n: NamedSharding(mesh, sharding.BATCH) for n in shapes})
 
-    step = steps.make(task, transform, EMA(), 0, DTYPES[options.dtype], mesh=mesh)
+    step = steps.make(task, transform, EMA(), 0, dtype, mesh=mesh)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))

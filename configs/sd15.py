@@ -2,9 +2,17 @@
 
     jaxgen train configs/sd15.py --task.model FOLDER --data.source FOLDER --mesh.fsdp 8
 
-Rombach et al. 2022 and the model card of Stable Diffusion v1-5: AdamW, learning rate 1e-4 after
-10,000 steps of warmup, batches of 2048, a tenth of the captions empty, EMA with decay 0.9999, on
-32 x 8 A100 GPUs. To fine-tune, take a rate of 1e-5 and a few thousand steps.
+The last stage of training, as on the model card of Stable Diffusion v1-5, which went on from v1-2:
+595,000 steps of AdamW, learning rate 1e-4 after 10,000 steps of warmup, batches of 2048, a tenth of
+the captions empty, EMA with decay 0.9999, on 32 x 8 A100 GPUs. From scratch, add --task.fresh unet:
+FOLDER then gives the VAE and the text encoder alone.
+
+These numbers would undo a finished UNet. To fine-tune one, add
+
+    --optimizer.learning-rate 1e-5 --optimizer.warmup 500 --batch-size 32 --steps 5000
+
+with the rate and the batch of ControlNet's authors (Zhang et al. 2023); for a single subject Ruiz
+et al. 2023 take a rate of 5e-6 and 1000 steps of 4 pictures.
 """
 
 from pathlib import Path

@@ -3,7 +3,8 @@
     jaxgen train configs/sd15_two_steps.py
 
 Random weights, 256 pixels, one picture at a time, Lion (one moment instead of two) and no average:
-some 15 GB of memory. What it ends in is a whole model folder of 4 GB, which diffusers loads.
+about 16 GB of memory, so have 20 GB free. What it ends in is a whole model folder of 4 GB, which
+diffusers loads.
 """
 
 from pathlib import Path

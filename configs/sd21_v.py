@@ -1,10 +1,12 @@
-"""Stable Diffusion 2.1 with v-prediction, at 768 pixels.
+"""Stable Diffusion 2 with v-prediction, at 768 pixels: the networks of 2.0-v and 2.1.
 
     jaxgen train configs/sd21_v.py --task.model FOLDER --data.source FOLDER --mesh.fsdp 8
 
-The model card of stable-diffusion-2: AdamW, batches of 2048, learning rate 1e-4 after 10,000 steps
-of warmup, 150,000 steps with the v objective (Salimans & Ho 2022) at 512 pixels and 140,000 at 768.
-Min-SNR weights (Hang et al. 2023) are an option: --task.snr-gamma 5.
+The numbers are those of 2.0: the model card of stable-diffusion-2 states AdamW, batches of 2048,
+learning rate 1e-4 after 10,000 steps of warmup, 150,000 steps with the v objective (Salimans & Ho
+2022) at 512 pixels and then, as here, 140,000 at 768. 2.1 went on from there on data filtered
+otherwise; its card states no rate. Min-SNR weights (Hang et al. 2023) are an option:
+--task.snr-gamma 5. To fine-tune, take the numbers in configs/sd15.py.
 """
 
 from pathlib import Path

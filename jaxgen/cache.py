@@ -7,15 +7,18 @@ An example of which it cannot hold a number is no use to training either, and is
 """
 
 import dataclasses
-import logging
+import glob
 import math
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from importlib import metadata
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +27,15 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxgen import config, sharding
+from jaxgen import config, locks, sharding
 from jaxgen.data import transforms
 from jaxgen.data.cached import DESCRIPTION, EMPTY, FIXED, LATENTS, MIRRORED, Description
 from jaxgen.data.examples import BadExample, Example, Source
-from jaxgen.data.pipeline import LEAST_DRAWN, MOST_NAMED, Images, prepared
+from jaxgen.data.pipeline import PIECE, Images, prepared
 from jaxgen.data.records import encode, write_records
 from jaxgen.data.sources import open_source
-from jaxgen.data.workers import check_grain, end, read_ahead
+from jaxgen.data.tally import Tally
+from jaxgen.data.workers import check_grain, end, lost, read_ahead
 from jaxgen.denoiser import Model
 from jaxgen.load import read_params
 from jaxgen.save import check_new
@@ -41,7 +45,6 @@ from jaxgen.training.recipe import Train
 from jaxgen.types import Array, Params, UserError
 
 SHARD_BYTES = 4 << 30
-logger = logging.getLogger(__name__)
 
 
 def cache(recipe: Train, out: Path, progress: bool = True) -> Path:
@@ -69,19 +72,19 @@ def cache(recipe: Train, out: Path, progress: bool = True) -> Path:
     if jax.process_count() > 1:
         raise UserError("a cache is written by one process; start it on one host alone")
     source, data = _source(recipe.data)
-    mesh = sharding.training_mesh(**dataclasses.asdict(recipe.mesh))
+    mesh = sharding.training_mesh(*recipe.mesh.sizes)
     encoders = Encoders(recipe, mesh)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    reader = Reader(data, source, -(-recipe.batch_size // ways) * ways, recipe.data.flip)
+    reader = Reader(data, source, recipe.data.flip)
 
     out = out.resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        scratch, held = _scratch(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
     try:
-        description = _write(scratch, reader, encoders, progress)
+        with _interrupted():
+            description = _write(scratch, reader, encoders, progress)
         config.write_json(scratch / DESCRIPTION, dataclasses.asdict(description))
         os.chmod(scratch, 0o755)
         if out.exists():
@@ -91,7 +94,35 @@ def cache(recipe: Train, out: Path, progress: bool = True) -> Path:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if held is not None:
+            os.close(held)
     return out
+
+
+def _scratch(out: Path) -> tuple[Path, int | None]:
+    """A new folder beside `out`, and what holds it; those that killed commands left are removed."""
+    prefix = f".{out.name}.unfinished-"
+    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+        with suppress(UserError):  # another command is at work in it
+            held = locks.hold(left, "--out")
+            if held is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(held)
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    return scratch, locks.hold(scratch, "--out")
+
+
+@contextmanager
+def _interrupted() -> Iterator[None]:
+    """SIGTERM stops what is done inside as Ctrl-C does, so that nothing unfinished is left."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _source(wanted: Images) -> tuple[Source, Images]:
@@ -113,24 +144,23 @@ def _source(wanted: Images) -> tuple[Source, Images]:
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """n -> the good examples of batch n in the order of a source, and the bad ones with reasons.
+    """k -> the good ones of the k-th few examples of a source, and the bad ones with reasons.
 
     Each example has its `index`, its pixels as `image`, its `caption`, and whether it `mirrors`.
     """
 
     data: Images
     source: Source
-    rows: int
     flip: bool  # whether any mirrors
 
     @property
-    def batches(self) -> int:
+    def pieces(self) -> int:
         """Of all examples; the last one may not be full."""
-        return -(-len(self.source) // self.rows)
+        return -(-len(self.source) // PIECE)
 
-    def __call__(self, n: int) -> dict[str, Any]:
+    def __call__(self, k: int) -> dict[str, Any]:
         good, bad = [], []
-        for i in range(n * self.rows, min((n + 1) * self.rows, len(self.source))):
+        for i in range(k * PIECE, min((k + 1) * PIECE, len(self.source))):
             try:
                 good.append(self._read(i))
             except BadExample as error:
@@ -154,25 +184,27 @@ class Encoders:
             raise UserError("the task reads pictures; only text to image learns from a cache")
         if learned["vae"]:
             raise UserError(f"{learned['vae']} learns, so that its latents cannot be cached")
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.rows = -(-recipe.batch_size // ways) * ways  # of each batch
         self.model, self._mesh = task.model, mesh
         self._tensors = {part: tensors[part] for part in base.ENCODERS if not learned[part]}
-        self.params = read_params(self._tensors, "f32", sharding.layout(mesh))
+        layout = sharding.layout(mesh, recipe.mesh.specs)
+        self.params = read_params(self._tensors, "f32", layout)
         self._posterior = jax.jit(partial(_posterior, self.model))
         self._embeddings = jax.jit(partial(_embeddings, self.model))
 
-    def posterior(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [B, H, W, 3] -> mean and std, float16 [B, h, w, C]."""
+    def posterior(self, images: np.ndarray) -> tuple[Array, Array]:
+        """uint8 [B, H, W, 3] -> mean and std, float16 [B, h, w, C]; it is not waited for."""
         placed = sharding.place_batch({"image": images}, self._mesh)
-        mean, std = self._posterior(self.params, placed)
-        return np.asarray(mean), np.asarray(std)
+        return self._posterior(self.params, placed)
 
-    def embeddings(self, captions: list[str]) -> Example:
+    def embeddings(self, captions: list[str]) -> dict[str, Array]:
         """B texts -> `embeddings`, float16 [B, T, D]; nothing where they are not stored."""
         if "text_encoder" not in self._tensors:
             return {}
         ids = np.stack([base.tokens_of(self.model, caption) for caption in captions])
         placed = sharding.place_batch({"ids": ids}, self._mesh)
-        return {"embeddings": np.asarray(self._embeddings(self.params, placed))}
+        return {"embeddings": self._embeddings(self.params, placed)}
 
     def shapes(self, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """[h, w, C] of an example's latents and [T, D] of its embeddings; nothing is computed."""
@@ -202,12 +234,13 @@ def _write(folder: Path, reader: Reader, encoders: Encoders, progress: bool) -> 
     latents, text = encoders.shapes(data.size)
     numbers = 2 * (1 + reader.flip) * math.prod(latents) + (math.prod(text) if text else 0)
     shards = -(-2 * numbers * len(source) // SHARD_BYTES)
-    skipped = Skipped(data.bad_share)
-    count = write_records(folder, _records(reader, encoders, skipped, progress), shards)
+    skipped = Tally(data.bad_share)
+    with closing(_records(reader, encoders, skipped, progress)) as rows:
+        count = write_records(folder, rows, shards)
     if not count:
         raise UserError(f"{source.ref}: all {len(source)} examples are bad; {skipped.first}")
-    for name, words in encoders.embeddings([""] * reader.rows).items():
-        (folder / EMPTY).write_bytes(encode({"caption": "", name: words[0]}))
+    for name, words in encoders.embeddings([""] * encoders.rows).items():
+        (folder / EMPTY).write_bytes(encode({"caption": "", name: np.asarray(words)[0]}))
     return Description(
         model=model.name,
         **encoders.fingerprints(),
@@ -216,7 +249,7 @@ def _write(folder: Path, reader: Reader, encoders: Encoders, progress: bool) -> 
         caption=data.caption,
         source=source.fingerprint(),
         examples=count,
-        skipped=skipped.count,
+        skipped=skipped.bad,
         shards=shards,
         latents=latents,
         text=text,
@@ -231,66 +264,65 @@ def _version() -> str:
         return "unknown"
 
 
-class Skipped:
-    """Counts and names bad examples; UserError where they are too many."""
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-        self._seen = self.count = 0
-        self.first = ""
-
-    def add(self, seen: int, bad: list[tuple[str, str]]) -> None:
-        """What a batch brought: so many examples, and which of them are bad."""
-        self._seen += seen
-        for name, reason in bad:
-            self.count += 1
-            self.first = self.first or f"the first is {name}: {reason}"
-            if self.count <= MOST_NAMED:
-                logger.warning("skipped %s: %s", name, reason)
-        if self.count > self._share * max(self._seen, LEAST_DRAWN):
-            raise UserError(
-                f"{self.count} of {self._seen} examples are bad, more than bad_share "
-                f"{self._share:g}; {self.first}"
-            )
-
-
 def _records(
-    reader: Reader, encoders: Encoders, skipped: Skipped, progress: bool
-) -> Iterator[Example]:
+    reader: Reader, encoders: Encoders, skipped: Tally, progress: bool
+) -> Generator[Example, None, None]:
     """What is stored of each good example, in order."""
-    source, data = reader.source, reader.data
-    reading = [read_ahead(reader, 0, data.workers, data.threads)]
+    before: list[tuple[list[Example], dict[str, Array]]] = []
+    with closing(_batches(reader, encoders.rows, skipped, progress)) as batches:
+        for batch in chain(batches, [[]]):
+            begun = [(batch, _encoded(encoders, batch))] if batch else []
+            for example, record in chain(*(_fetched(*one) for one in before)):
+                if _finite(record):
+                    yield record
+                else:
+                    reason = "what the model makes of it is beyond float16"
+                    skipped.add(0, [(reader.source.name(example["index"]), reason)])
+            before = begun  # the devices make it while the next one is read
+
+
+def _batches(
+    reader: Reader, rows: int, skipped: Tally, progress: bool
+) -> Generator[list[Example], None, None]:
+    """The good examples of the source, in order; only the last batch may not be full."""
+    data, total = reader.data, len(reader.source)
+    reading = [read_ahead(reader, 0, -(-rows // PIECE), data.workers, data.threads)]
+    waiting: list[Example] = []
     try:
-        with tqdm(total=len(source), desc="caching", disable=not progress) as bar:
-            for batch in islice(reading[0], reader.batches):
-                read, bad = batch["good"], list(batch["bad"])
-                seen = len(read) + len(bad)
-                for example, record in zip(read, _encoded(encoders, read, reader.rows)):
-                    if _finite(record):
-                        yield record
-                    else:
-                        reason = "what the model makes of it is beyond float16"
-                        bad.append((source.name(example["index"]), reason))
-                skipped.add(seen, bad)
+        with tqdm(total=total, desc="caching", disable=not progress) as bar:
+            for _ in range(reader.pieces):
+                with lost():
+                    piece = next(reading[0])
+                seen = len(piece["good"]) + len(piece["bad"])
+                skipped.add(seen, piece["bad"])
+                waiting += piece["good"]
+                while len(waiting) >= rows:
+                    yield waiting[:rows]
+                    waiting = waiting[rows:]
                 bar.update(seen)
+        if waiting:
+            yield waiting
     finally:
         end(reading)
 
 
-def _encoded(encoders: Encoders, good: list[Example], rows: int) -> Iterator[Example]:
-    """The records of a batch, which is padded to `rows`: there is one shape to compile."""
-    if not good:
-        return
-    padded = good + good[:1] * (rows - len(good))
+def _encoded(encoders: Encoders, good: list[Example]) -> dict[str, Array]:
+    """What the model makes of a batch, padded to whole `rows`: there is one shape to compile."""
+    padded = good + good[:1] * (encoders.rows - len(good))
     images = np.stack([example["image"] for example in padded])
     found = dict(zip(LATENTS, encoders.posterior(images)))
     if any(example["mirrors"] for example in good):
         mirrored = encoders.posterior(np.ascontiguousarray(images[:, :, ::-1]))
         found |= dict(zip(MIRRORED.values(), mirrored))
-    found |= encoders.embeddings([example["caption"] for example in padded])
+    return found | encoders.embeddings([example["caption"] for example in padded])
+
+
+def _fetched(good: list[Example], made: dict[str, Array]) -> Iterator[tuple[Example, Example]]:
+    """Each example of a batch, and its record."""
+    found = {name: np.asarray(array) for name, array in made.items()}
     for row, example in enumerate(good):
         names = [n for n in found if example["mirrors"] or n not in MIRRORED.values()]
-        yield {"caption": example["caption"]} | {name: found[name][row] for name in names}
+        yield example, {"caption": example["caption"]} | {name: found[name][row] for name in names}
 
 
 def _finite(record: Example) -> bool:

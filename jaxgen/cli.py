@@ -264,6 +264,45 @@ class Cache:
         print(f"to train on them: jaxgen train {self.config}, with --data.source {self.out}")
 
 
+@dataclass(frozen=True)
+class Data:
+    """Write data that jaxgen makes itself as an image folder: look at it, or train on it.
+
+    jaxgen data emoji_scenes --out scenes --count 1000
+
+    jaxgen train configs/mini.py --data.source scenes
+
+    Beside the pictures and metadata.jsonl, with captions, boxes and their phrases, it holds PNG
+    files of masks, segmentations, edges and line art. `--data.source emoji_scenes` or
+    `emoji_scenes:test` trains on the same scenes without writing any.
+    """
+
+    name: Positional[str]
+    """emoji_scenes: one to three real emoji on coloured backgrounds, 64x64 pixels."""
+    out: Path
+    """A new or empty folder for the pictures."""
+    split: str = "train"
+    """train, validation or test; with _even behind, rare subjects are as frequent; or held."""
+    count: int = 1000
+    """Scenes to write: the first of the split."""
+    seed: int = 0
+    """Another one gives other scenes."""
+
+    def run(self) -> None:
+        """All of it or nothing."""
+        from jaxgen.data.emoji_scenes import scenes as emoji_scenes
+        from jaxgen.data.export import export
+
+        if self.name != emoji_scenes.NAME:
+            raise UserError(f"no data {self.name[:80]!r}; there is {emoji_scenes.NAME}")
+        check_new(self.out)
+        ref = f"{self.name}:{self.split}"
+        source = emoji_scenes.EmojiScenes(ref, columns=emoji_scenes.PICTURES, seed=self.seed)
+        export(source, self.out, self.count)
+        made = "1 scene is" if self.count == 1 else f"{self.count} scenes are"
+        print(f"{made} in {self.out}; to train on them: --data.source {self.out}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exit code 2 and one line for bad input, 130 when stopped by hand."""
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack the letters of a name
@@ -285,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _parse(arguments: Sequence[str] | None) -> Sample | Train | Cache | Info | Convert:
+def _parse(arguments: Sequence[str] | None) -> Sample | Train | Cache | Data | Info | Convert:
     """The command line as a command."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["train"] and given[1:2] and not given[1].startswith("-"):
@@ -293,7 +332,7 @@ def _parse(arguments: Sequence[str] | None) -> Sample | Train | Cache | Info | C
     if given[:1] == ["cache"] and given[1:2] and not given[1].startswith("-"):
         return _parse_cache(Path(given[1]), given[2:])
     return terminal.parse(
-        Sample | Train | Cache | Info | Convert,
+        Sample | Train | Cache | Data | Info | Convert,
         args=given,
         prog="jaxgen",
         description="Controllable, personalised Stable Diffusion in JAX.",

@@ -1,11 +1,11 @@
 """What a plan's texts and pictures are to the network: encoded, side by side for guidance.
 
-Training speaks the same way (`encode_text`, `encode_image`, `unit`), so that what a network learned
-is what it is asked.
+Without weights, what a prompt is here is what a caption is to training (`tasks/base.py`): the
+encoder's own tokens.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def encode_pictures(model: Model, params: Params, checked: Plan) -> Pictures:
     if not checked.image.size:
         return Pictures()
     encode = partial(encode_image, params["vae"], vae=model.vae)
-    image = unit(checked.image)
+    image = unit(checked.image)[None]
     if checked.edits:  # such models read the latents unscaled
         return Pictures(channels=(encode(image) / model.vae.config.scaling_factor,))
     known = () if checked.from_noise and checked.inpaints else (encode(image),)
@@ -109,14 +109,21 @@ def encode_text(
 ) -> Array:
     """Token ids and weights [R, n, T] -> embeddings [R, n * T, C].
 
-    Weights multiply the embeddings of their tokens; then each row's mean is restored.
+    Weights multiply the embeddings of their tokens; then each row's mean is restored. Rows whose
+    weights are all 1 are the encoder's own, to the bit.
     """
     rows, chunks, length = ids.shape
     tokens, _ = encoder.apply(params, ids.reshape(-1, length), skip)
     tokens = tokens.reshape(rows, chunks * length, -1)
-    weighted = tokens * weights.reshape(rows, -1, 1)
-    mean, changed = (jnp.mean(t, (1, 2), keepdims=True) for t in (tokens, weighted))
-    return weighted * (mean / jnp.where(changed == 0, 1, changed))
+    weights = weights.reshape(rows, -1, 1)
+    weighted = tokens * weights
+    mean, changed, size = (
+        jnp.mean(t, (1, 2), keepdims=True) for t in (tokens, weighted, jnp.abs(weighted))
+    )
+    # The norm of an encoder that has not learned leaves no mean but rounding, which scales nothing.
+    told = jnp.minimum(jnp.abs(mean), jnp.abs(changed)) > 1e-4 * size
+    scale = jnp.where(told, mean / jnp.where(told, changed, 1), 1)
+    return jnp.where(jnp.any(weights != 1, (1, 2), keepdims=True), weighted * scale, tokens)
 
 
 @partial(jax.jit, static_argnames="vae")
@@ -125,6 +132,6 @@ def encode_image(params: Params, image: Array, *, vae: VAE) -> Array:
     return vae.encode(params, image)
 
 
-def unit(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] -> float32 [1, H, W, 3] in [-1, 1]."""
-    return (image.astype(np.float32) / 255 * 2 - 1)[None]
+def unit(pixels: Any) -> Any:
+    """uint8 [...] -> float32 in [-1, 1], of numpy or of JAX as they came."""
+    return pixels.astype(np.float32) / 255 * 2 - 1

@@ -99,13 +99,16 @@ def load(
 
 
 def open_model(
-    ref: str | Path | None, variant: str = "", prediction: str | None = None
+    ref: str | Path | None, variant: str = "", prediction: str | None = None, seed: int = 0
 ) -> tuple[Model, dict[str, Tensors]]:
-    """A model and its tensors by part and path: names and shapes are checked, no values read."""
+    """A model and its tensors by part and path: names and shapes are checked, no values read.
+
+    The seed is that of `fresh:NAME`'s random parameters.
+    """
     if prediction not in (None, *PREDICTIONS):
         raise UserError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
     if str(ref).startswith(zoo.PREFIX):
-        model, tensors = _open_fresh(str(ref))
+        model, tensors = _open_fresh(str(ref), seed)
         return _predicting(model, prediction), tensors
     path = find(ref, variant)
     if path.is_file():
@@ -237,9 +240,7 @@ def _open_single(path: Path, prediction: str | None) -> tuple[Model, dict[str, T
     configs = single_file.configs(whole, path, prediction)
     networks = {name: part.read(configs[name], f"{path}: {name}") for name, part in PARTS.items()}
     scheduler = configs["scheduler"]
-    # The file holds no tokenizer; CLIP's vocabulary is one, and the families pad differently.
-    first = networks["text_encoder"].config.hidden_act == "quick_gelu"
-    tokenizer = Tokenizer.read(CLIP_TOKENIZER, pad="<|endoftext|>" if first else "!")
+    tokenizer = _clip_tokenizer(networks["text_encoder"])  # the file holds none
     pipeline = pipeline_of(networks["unet"])
     model = Model(
         **networks, tokenizer=tokenizer, scheduler=scheduler, name=str(path), pipeline=pipeline
@@ -248,7 +249,7 @@ def _open_single(path: Path, prediction: str | None) -> tuple[Model, dict[str, T
     return model, tensors
 
 
-def _open_fresh(ref: str) -> tuple[Model, dict[str, Tensors]]:
+def _open_fresh(ref: str, seed: int) -> tuple[Model, dict[str, Tensors]]:
     """An architecture of the zoo; parts that ship trained are in the assets, under its name."""
     configs = dict(zoo.configs(ref))
     shipped = {}
@@ -258,10 +259,16 @@ def _open_fresh(ref: str) -> tuple[Model, dict[str, Tensors]]:
             configs[name] = _typed(config.read_json(folder / "config.json"), part, folder)
             shipped[name] = rename.by_path(files.open_folder(folder, part.stem, ""))
     networks = {name: part.read(configs[name], f"{ref}: {name}") for name, part in PARTS.items()}
-    tokenizer = Tokenizer.read(CLIP_TOKENIZER, pad="<|endoftext|>")
+    tokenizer = _clip_tokenizer(networks["text_encoder"])
     model = Model(**networks, tokenizer=tokenizer, scheduler=configs["scheduler"], name=ref)
     _check(model)
-    return model, {n: shipped.get(n) or zoo.fresh(getattr(model, n), n) for n in PARTS}
+    return model, {n: shipped.get(n) or zoo.fresh(getattr(model, n), n, seed) for n in PARTS}
+
+
+def _clip_tokenizer(encoder: TextEncoder) -> Tokenizer:
+    """CLIP's vocabulary is one, and the families, told by the activation, pad differently."""
+    first = encoder.config.hidden_act == "quick_gelu"
+    return Tokenizer.read(CLIP_TOKENIZER, pad="<|endoftext|>" if first else "!")
 
 
 def pipeline_of(unet: UNet) -> str:

@@ -1,5 +1,6 @@
 """Meshes, and where arrays live on them."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -7,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import (
     AxisType,
     Mesh,
@@ -56,7 +57,47 @@ def training_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     count = int(np.prod(sizes))
     if count > len(devices) or count < 1 or (count < len(devices) and jax.process_count() > 1):
         raise UserError(f"mesh ({named}) does not fit {len(devices)} devices")
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices[:count])
+    return Mesh(arrange(sizes, devices[:count]), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices as [data, fsdp, tensor], along the wires: the last axis talks most.
+
+    Slices (parts of a cluster that are wired within; of GPUs, often the nodes) are spread over
+    `data` first, which talks least. Raises UserError where the wires do not allow such a mesh.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    outer, left = [], slices
+    for size in sizes:
+        outer.append(math.gcd(size, left))
+        left //= outer[-1]
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        inner = [size // ways for size, ways in zip(sizes, outer)]
+        return mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, allow_split_physical_axes=True
+        )
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        named = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes))
+        kind = f"{len(devices)} devices ({devices[0].device_kind}, slices: {slices})"
+        raise UserError(f"jax finds no mesh ({named}) in {kind}: {error}") from None
+
+
+def spec(axes: str) -> PartitionSpec:
+    """What splits each dimension of a parameter, in words: ". . fsdp tensor".
+
+    A dot leaves a dimension whole, as are those left out; "tensor+fsdp" splits one by both.
+    """
+    words = axes.split()
+    named = [axis for word in words if word != "." for axis in word.split("+")]
+    if {*named} - {"fsdp", "tensor"} or len({*named}) < len(named):
+        raise UserError(
+            f"{axes!r} does not say what splits each dimension, as in '. . fsdp tensor': a dot, "
+            "fsdp, tensor or tensor+fsdp for each, and no axis twice"
+        )
+    parts = [None if word == "." else tuple(word.split("+")) for word in words]
+    return PartitionSpec(*(part[0] if part and len(part) == 1 else part for part in parts))
 
 
 def layout(mesh: Mesh, rules: Rules = ()) -> Layout:
@@ -64,16 +105,40 @@ def layout(mesh: Mesh, rules: Rules = ()) -> Layout:
 
     The first rule whose pattern fits the path decides. Otherwise `tensor` splits the outputs of a
     product, or the inputs of the one after it, and `fsdp` the longest other axis that it divides;
-    vectors, and what nothing divides, are whole on every device.
+    vectors, and what nothing divides, are whole on every device. `where` raises UserError for a
+    shape that its rule does not fit.
     """
 
     def where(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        for pattern, spec in rules:
-            if re.search(pattern, path):
-                return NamedSharding(mesh, spec)
-        return NamedSharding(mesh, _split(path, shape, mesh.shape))
+        return NamedSharding(mesh, _spec(path, shape, mesh.shape, rules))
 
     return where
+
+
+def _spec(
+    path: str, shape: tuple[int, ...], sizes: Mapping[str, int], rules: Rules
+) -> PartitionSpec:
+    for pattern, given in rules:
+        if re.search(pattern, path):
+            if len(given) > len(shape):
+                raise UserError(
+                    f"mesh.rules: {pattern!r} splits {len(given)} dimensions, but {path} is "
+                    f"{list(shape)}; a pattern that ends in kernel$ leaves vectors out"
+                )
+            for size, axes in zip(shape, given):
+                ways = math.prod(sizes[axis] for axis in _names(axes))
+                if size % ways:
+                    raise UserError(
+                        f"mesh.rules: {pattern!r} splits {size} of {path}, which is {list(shape)}, "
+                        f"in {ways} ({'+'.join(_names(axes))}), which does not divide it"
+                    )
+            return given
+    return _split(path, shape, sizes)
+
+
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """What a partition says of one dimension, as the names of axes."""
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def _split(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
@@ -90,18 +155,18 @@ def _split(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Parti
     return PartitionSpec(*axes)
 
 
-def gather(mesh: Mesh, params: Any) -> Any:
+def gather(mesh: Mesh, params: Any, rules: Rules = ()) -> Any:
     """Parameters that `fsdp` has split, whole for the products that read them.
 
-    Under `jax.checkpoint` with the policy `gather_again`, a gathered parameter is not kept from
-    the forward to the backward pass.
+    Gathered once a step: they stay whole, in the dtype of products, until the backward pass has
+    read them.
     """
     if mesh.shape["fsdp"] == 1:
         return params
 
     def one(path: str, x: jax.Array) -> jax.Array:
-        split = _split(path, x.shape, mesh.shape)
-        whole = PartitionSpec(*(axis if axis == "tensor" else None for axis in split))
+        split = _spec(path, x.shape, mesh.shape, rules)
+        whole = PartitionSpec(*("tensor" if "tensor" in _names(axes) else None for axes in split))
         return _gathered(x, NamedSharding(mesh, whole), NamedSharding(mesh, split))
 
     return trees.map_with_path(one, params)
@@ -117,11 +182,6 @@ _gathered.defvjp(
     lambda x, whole, split: (jax.lax.with_sharding_constraint(x, whole), None),
     lambda whole, split, _, gradient: (jax.lax.with_sharding_constraint(gradient, split),),
 )
-
-
-def gather_again(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps everything from the forward pass but what `gather` and `pin` made."""
-    return primitive.name != "sharding_constraint"
 
 
 def by_rules(mesh: Mesh | None, rules: Rules = ()) -> Layout:
@@ -150,13 +210,21 @@ def split_batch(tree: Any, mesh: Mesh) -> Any:
 def place_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process' rows of a batch -> arrays of the whole batch, spread over the mesh.
 
-    Along `tensor` rows are repeated. Process p brings the p-th part of the batch, as many rows as
-    the others.
+    Along `tensor` rows are repeated. They come in the order of `batch_rows`.
     """
-    where = NamedSharding(mesh, BATCH)
-    return {
-        name: jax.make_array_from_process_local_data(where, array) for name, array in rows.items()
-    }
+    where, parts = NamedSharding(mesh, BATCH), _parts(mesh)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def one(array: np.ndarray) -> jax.Array:
+        share = len(array) // len(parts)
+
+        def part(index: Any) -> np.ndarray:
+            first = parts.index((index[0].start or 0) // share) * share
+            return array[first : first + share]
+
+        return jax.make_array_from_callback((share * ways, *array.shape[1:]), where, part)
+
+    return {name: one(array) for name, array in rows.items()}
 
 
 def pin(x: jax.Array) -> jax.Array:
@@ -171,15 +239,21 @@ def pin(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*BATCH, *rest))
 
 
-def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """(which, of how many): the part of every batch that this process brings.
+def batch_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Which rows of every batch this process brings, ascending.
 
-    Processes that only share `tensor` bring the same part.
+    They need not be neighbours: a mesh follows the wires between devices, not the processes.
+    Processes that only share `tensor` bring the same ones.
     """
-    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
-    owners = [{device.process_index for device in row} for row in rows]
-    mine = [i for i, owner in enumerate(owners) if jax.process_index() in owner]
-    return mine[0] // len(mine), len(rows) // len(mine)
+    share = batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    return [part * share + row for part in _parts(mesh) for row in range(share)]
+
+
+def _parts(mesh: Mesh) -> list[int]:
+    """Which of the parts that a batch is split into lie on devices of this process."""
+    owners = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    mine = jax.process_index()
+    return [i for i, row in enumerate(owners) if any(d.process_index == mine for d in row)]
 
 
 def to_host(tree: Any) -> Any:

@@ -1,7 +1,7 @@
 """Models by name, without weights: `fresh:sd15` is the architecture with random parameters.
 
 For training from nothing, and for measuring at full size where no checkpoint is at hand. Values
-depend on the path of a parameter alone: not on who reads which share of it.
+depend on the seed and the path of a parameter alone: not on who reads which share of it.
 """
 
 import difflib
@@ -114,21 +114,21 @@ def configs(ref: str) -> Configs:
     return ARCHITECTURES[name]
 
 
-def fresh(network: Any, part: str) -> Tensors:
+def fresh(network: Any, part: str, seed: int = 0) -> Tensors:
     """Random parameters of a network, by path, made when they are read."""
     shapes = trees.flatten(trees.shapes(network.init))
-    return {path: _tensor(f"{part}/{path}", leaf.shape) for path, leaf in shapes.items()}
+    return {path: _tensor(f"{part}/{path}", leaf.shape, seed) for path, leaf in shapes.items()}
 
 
-def _tensor(path: str, shape: tuple[int, ...]) -> Tensor:
+def _tensor(path: str, shape: tuple[int, ...], seed: int) -> Tensor:
     def read(index: Slices) -> np.ndarray:
-        return _values(path, shape)[index]
+        return _values(path, shape, seed)[index]
 
     return Tensor(shape, np.dtype(np.float32), read)
 
 
 @functools.lru_cache(maxsize=8)  # the shares of one leaf are read one after the other
-def _values(path: str, shape: tuple[int, ...]) -> np.ndarray:
+def _values(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """As layers initialise themselves, but what ends a residual branch of a UNet begins at zero.
 
     So does the prediction (Rombach et al. 2022, their code), and blocks begin as the identity.
@@ -139,7 +139,7 @@ def _values(path: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape, np.float32)
     if name == "scale":
         return np.ones(shape, np.float32)
-    random = np.random.default_rng(zlib.crc32(path.encode()))
+    random = np.random.default_rng([zlib.crc32(path.encode()), seed])
     values = random.standard_normal(shape, np.float32)
     if name == "kernel":
         return values / np.float32(math.sqrt(math.prod(shape[:-1])))

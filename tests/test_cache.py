@@ -4,6 +4,8 @@ import dataclasses
 import json
 import logging
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 
 from jaxgen import cache as caching
-from jaxgen import cli
+from jaxgen import cli, locks
 from jaxgen.cache import Encoders, cache
 from jaxgen.data.pipeline import Images, Loader
 from jaxgen.data.sources import open_source
@@ -250,6 +252,40 @@ def test_an_error_midway_leaves_nothing(photos, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("no_model")
+def test_sigterm_is_as_ctrl_c(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(Encoders, "embeddings", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        cache(recipe(photos), tmp_path / "out", progress=False)
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_full_disk_leaves_nothing(photos, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"^cannot write to .*File too large$"):
+            cache(recipe(photos), tmp_path / "out", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_model")
+def test_what_killed_commands_left_is_removed_and_what_others_write_is_not(photos, tmp_path):
+    left, used = (tmp_path / f".out.unfinished-{name}" for name in ("left", "used"))
+    mine = tmp_path / ".out-of-the-way"
+    for folder in (left, used, mine):
+        folder.mkdir()
+    held = locks.hold(used, "--out")
+    cache(recipe(photos), tmp_path / "out", progress=False)
+    os.close(held)
+    assert sorted(tmp_path.iterdir()) == sorted([mine, used, tmp_path / "out"])
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -282,6 +318,7 @@ def test_a_kill_midway_leaves_no_folder_and_the_same_command_works(photos, tmp_p
     out.mkdir()  # an empty one is taken
     assert cache(recipe(photos), out, progress=False) == out
     assert len(open_source(str(out))) == COUNT
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.usefixtures("no_model")
@@ -349,6 +386,22 @@ def test_settings_that_a_cache_cannot_serve_are_refused(photos, cached, model, d
         base.check_caches(TASK.build(model[0]), model[1], wanted.data)
     with pytest.raises(UserError, match=message):
         Loader(wanted.data, lambda example, rng: example, BATCH, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("vae", "0"), ("text_encoder", ""), ("latents", [4, 4, 4]), ("text", [])],
+)
+def test_caches_of_other_models_are_not_mixed(cached, tmp_path, name, other):
+    shutil.copytree(cached, tmp_path / "other")
+    path = tmp_path / "other" / "cache.json"
+    wanted = recipe(((cached, 1.0), (str(tmp_path / "other"), 1.0)))
+    assert len(wanted.data.caches()) == 2
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: other}))
+    with pytest.raises(
+        UserError, match=rf"/cached and .*/other differ in {name}, and are not mixed"
+    ):
+        wanted.data.caches()
 
 
 @pytest.mark.usefixtures("no_model")

@@ -41,6 +41,21 @@ def test_a_share_of_a_fresh_parameter_is_a_share_of_the_whole():
     assert jax.tree.structure(split["unet"]) == jax.tree.structure(trees.shapes(model.unet.init))
 
 
+def test_another_seed_makes_other_parameters():
+    values = []
+    for seed in (0, 0, 1):
+        _, tensors = open_model("fresh:mini", seed=seed)
+        values.append(tensors["unet"]["down_blocks.1/resnets.0/conv1/kernel"].numpy().ravel())
+    np.testing.assert_array_equal(values[0], values[1])
+    assert abs(np.corrcoef(values[0], values[2])[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21-v"])
+def test_captions_are_filled_up_as_the_family_does(name):
+    tokenizer = open_model(f"fresh:{name}")[0].tokenizer
+    assert tokenizer.pad == (tokenizer.eos if name == "sd15" else 0)  # 0 is "!"
+
+
 def test_a_misspelt_architecture_gets_a_hint():
     with pytest.raises(UserError, match=r"did you mean fresh:sd15\?"):
         zoo.configs("fresh:sd-15")

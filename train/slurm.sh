@@ -11,4 +11,6 @@
 #SBATCH --open-mode append
 set -euo pipefail
 
-srun --kill-on-bad-exit 1 .venv/bin/python train/main.py "$@"
+# Since 22.05 srun does not take --cpus-per-task from the job.
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+  .venv/bin/python train/main.py "$@"

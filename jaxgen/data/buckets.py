@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from jaxgen.data.examples import BadExample, Source
+from jaxgen.data.examples import BadExample, Source, patiently
 from jaxgen.data.order import Draw, Size, shuffled, turns
 from jaxgen.types import UserError
 
@@ -45,7 +45,7 @@ def sort_by_shape(
         found: list[Size | BadExample] = []
         for i in chunk:
             try:
-                found.append(source.size(i))
+                found.append(patiently(source.size, i))
             except BadExample as error:
                 found.append(error)
         return found
@@ -89,7 +89,7 @@ class Bucketed:
         shuffle: bool,
     ):
         self._turns = turns(weights)
-        self._batch_size = batch_size
+        self._batch_size, self._shuffle = batch_size, shuffle
         self._sources = []
         for s, groups in enumerate(buckets):
             full = _merge(groups, batch_size)
@@ -98,15 +98,17 @@ class Bucketed:
             inner = [shuffled(len(g), shuffle, seed, s, 1 + b) for b, g in enumerate(full.values())]
             self._sources.append((list(full.items()), ends, batches, inner))
 
-    def draws(self, n: int, rows: range) -> list[Draw]:
+    def draws(self, n: int, rows: Sequence[int]) -> list[Draw]:
         """What stands in these rows of global batch n; all are of one size."""
-        source, turn = self._turns[n]
+        source, turn = self._turns(n)
         sizes, ends, batches, inner = self._sources[source]
         batch, epoch = batches[turn], turn // int(ends[-1])
         b = int(np.searchsorted(ends, batch, side="right"))
         size, group = sizes[b]
         first = (batch - (int(ends[b - 1]) if b else 0)) * self._batch_size
-        places = [inner[b][epoch * len(group) + first + row] for row in rows]
+        # Unshuffled, an epoch goes on where the last one ended: else the same ones were left over.
+        length = len(group) if self._shuffle else len(group) // self._batch_size * self._batch_size
+        places = [inner[b][epoch * length + first + row] for row in rows]
         return [Draw(source, group, at, size) for at in places]
 
 

@@ -115,7 +115,7 @@ class Cached(Source):
 
         The same numbers are drawn as for a picture, and so the same examples are chosen.
         """
-        example = self.read(i)
+        example = examples.patiently(self.read, i)
         if flip and rng.random() < 0.5 and MIRRORED["mean"] in example:
             example |= {name: example[other] for name, other in MIRRORED.items()}
         example = transforms.drop_caption(example, dropout, rng)

@@ -1,11 +1,14 @@
 """What a source of training data is, and how the pictures of its examples are read."""
 
+import errno
 import io
+import time
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -22,6 +25,17 @@ PICTURES = ("image", *MASKS, *LABELS, "hint", "original", "input_image", "edited
 CAPTIONS = ("text", "caption")  # where no column is named, the first of these that is there
 ENDINGS = ("_file_name", "_image")  # the column `hint_file_name` is the picture `hint`
 EXIF_ORIENTATION = 0x0112
+PNG_EXIF = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}  # where a PNG's header keeps it
+# Errors of the one file that is read. Others, as of a disk that fails or a machine that runs out of
+# memory or of open files, would be those of the next file, too. Decoders give no number.
+OF_A_FILE = {
+    None,
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EOVERFLOW),
+}
+PAUSES = (0.2, 2.0, 10.0)  # seconds before it is tried again
+SAMPLED = 16  # examples of a source that its fingerprint reads
+T = TypeVar("T")
 
 
 class BadExample(ValueError):
@@ -38,6 +52,10 @@ class BadExample(ValueError):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+
+class Unreadable(UserError):
+    """A disk or a machine that fails, whichever example it was asked for."""
 
 
 class Source(ABC):
@@ -73,11 +91,35 @@ class Source(ABC):
         """What to call example i in the log."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this source from another one, wherever the files lie."""
+        """What tells this source from another one, wherever the files lie; reads some examples."""
         return {"kind": type(self).__name__.lower(), "length": len(self)}
 
     def __getitem__(self, i: int) -> Example:
         return self.read(i)
+
+
+def patiently(read: Callable[..., T], *arguments: Any) -> T:
+    """What `read` returns; tried some times more where it is the machine that fails."""
+    for pause in PAUSES:
+        try:
+            return read(*arguments)
+        except Unreadable:
+            time.sleep(pause)
+    return read(*arguments)
+
+
+def crc_of_some(source: Source, content: Callable[[int], bytes]) -> int:
+    """A checksum of the first example, the last and some between; a bad one counts as nothing."""
+
+    def read(i: int) -> bytes:
+        with guard(source.name(i)):
+            return content(i)
+
+    crc, last = 0, len(source) - 1
+    for i in sorted({last * k // (SAMPLED - 1) for k in range(SAMPLED)}):
+        with suppress(BadExample):
+            crc = zlib.crc32(patiently(read, i), crc)
+    return crc
 
 
 def printable(text: str) -> str:
@@ -169,28 +211,38 @@ def _checked(pixels: np.ndarray, column: str, name: str) -> np.ndarray:
 
 
 def size(picture: Picture, name: str) -> tuple[int, int]:
-    """Width and height of a picture, upright, from its header alone."""
+    """Width and height of a picture, upright, from its header alone.
+
+    A PNG file may say behind its pixels how it stands; that is not looked for.
+    """
     if isinstance(picture, np.ndarray):
         height, width = _checked(picture, "image", name).shape[:2]
         return width, height
     with opened(picture, name) as file:
         width, height = file.size
-        turned = file.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+        # Of a PNG without any, Pillow decodes all pixels to look behind them.
+        known = file.format != "PNG" or PNG_EXIF & file.info.keys()
+        turned = known and file.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
         return (height, width) if turned else (width, height)
 
 
 @contextmanager
 def guard(name: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a BadExample: libraries raise a dozen types at damaged data."""
+    """Whatever goes wrong inside is a BadExample: libraries raise a dozen types at damaged data.
+
+    Unless it is the machine that fails: that is Unreadable.
+    """
     try:
         yield
-    except BadExample:
+    except (BadExample, Unreadable):
         raise
     except UnidentifiedImageError:
         raise BadExample(name, f"none of {', '.join(images.FORMATS)}, or damaged") from None
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadExample(name, printable(reason)[:200]) from None
+        reason = printable(" ".join(str(error).split()) or type(error).__name__)[:200]
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in OF_A_FILE:
+            raise Unreadable(f"cannot read {name}: {reason}") from None
+        raise BadExample(name, reason) from None
 
 
 @contextmanager

@@ -96,7 +96,12 @@ class Folder(Source):
         return len(self._places)
 
     def fingerprint(self) -> dict[str, Any]:
-        return super().fingerprint() | {"crc32": self._crc}
+        def content(i: int) -> bytes:
+            return self._file(self._record(i)["file_name"]).read_bytes()
+
+        # Pictures count, too: of one `metadata.jsonl` there may be large ones and small ones.
+        some = examples.crc_of_some(self, content)
+        return super().fingerprint() | {"crc32": self._crc, "some_pictures": some}
 
     def _record(self, i: int) -> dict[str, Any]:
         start, stop = self._places[i].tolist()

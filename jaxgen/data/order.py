@@ -4,13 +4,15 @@ Nothing is drawn in sequence, so that batch n is found without the n - 1 before 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 ENDLESS = 1 << 62
+DENOMINATOR = 1_000_000  # of the weights of sources
 TRIES = 16  # so many examples in a row are tried where one should be
 
 Size = tuple[int, int]
@@ -20,7 +22,7 @@ class Draw(NamedTuple):
     """What stands at one place of the order."""
 
     source: int
-    group: Sequence[int]  # examples of the source, one as good as another
+    group: Sequence[int] | np.ndarray  # examples of the source, one as good as another
     at: int  # which of the group
     size: Size  # width and height to train at
 
@@ -61,28 +63,41 @@ class Plain:
         self._size = size
         self._batch_size = batch_size
 
-    def draws(self, n: int, rows: range) -> list[Draw]:
+    def draws(self, n: int, rows: Sequence[int]) -> list[Draw]:
         """What stands in these rows of global batch n."""
         found = []
         for row in rows:
-            source, turn = self._turns[n * self._batch_size + row]
+            source, turn = self._turns(n * self._batch_size + row)
             found.append(
                 Draw(source, self._groups[source], self._indices[source][turn], self._size)
             )
         return found
 
 
-def turns(weights: Sequence[float]) -> Any:
-    """Endless: k -> (source, how often it had its turn before), in shares of the weights."""
-    import grain
+def turns(weights: Sequence[float]) -> Callable[[int], tuple[int, int]]:
+    """k -> (source, how often it had its turn before), in shares of the weights.
 
-    endless = grain.MapDataset.range(ENDLESS)
-    parts = [endless.map(partial(_tagged, s)) for s in range(len(weights))]
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, list(weights))
+    A weight is taken for the fraction that was meant, such as 0.7 for 7/10. Of the first k places a
+    source has k times its share, within one.
+    """
+    exact = [Fraction(weight).limit_denominator(DENOMINATOR) for weight in weights]
+    exact = [part or Fraction(weight) for part, weight in zip(exact, weights)]
+    whole = math.lcm(*(part.denominator for part in exact))
+    return partial(_turn, [int(part * whole) for part in exact])
 
 
-def _tagged(source: int, turn: int) -> tuple[int, int]:
-    return source, turn
+def _turn(shares: list[int], k: int) -> tuple[int, int]:
+    # Each source in turn takes its share of what those before it left: of the first k places, and
+    # of the first k + 1. Where these differ, the place is its.
+    rest = sum(shares)
+    before, after = k, k + 1
+    for source, share in enumerate(shares):
+        left, left_after = (n * (rest - share) // rest for n in (before, after))
+        if before - left < after - left_after:
+            return source, before - left
+        rest -= share
+        before, after = left, left_after
+    raise AssertionError("the last source takes what is left")
 
 
 def shuffled(n: int, shuffle: bool, seed: int, *path: int) -> Any:

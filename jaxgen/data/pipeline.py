@@ -1,8 +1,9 @@
 """Batches of training examples, in an order that any process can take up anywhere."""
 
-import logging
+import itertools
 import weakref
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,15 +12,14 @@ import numpy as np
 from jaxgen.data import transforms
 from jaxgen.data.buckets import Bucketed, bucket_sizes, sort_by_shape
 from jaxgen.data.cached import Cached, Description, describe
-from jaxgen.data.examples import BadExample, Example, Source
+from jaxgen.data.examples import BadExample, Example, Source, patiently
 from jaxgen.data.order import Draw, Plain, Size
 from jaxgen.data.sources import open_source
-from jaxgen.data.workers import check_grain, end, read_ahead
+from jaxgen.data.tally import Tally
+from jaxgen.data.workers import check_grain, end, lost, read_ahead
 from jaxgen.types import UserError
 
-LEAST_DRAWN = 1000  # the share of bad examples is one of so many at least: two in three are luck
-MOST_NAMED = 1000  # bad examples that are named one by one
-logger = logging.getLogger(__name__)
+PIECE = 16  # rows that a thread makes at a time: few, for all threads and workers hold some
 
 Batch = dict[str, np.ndarray]
 Finish = Callable[[Example, np.random.Generator], Batch]
@@ -38,8 +38,9 @@ class Images:
     """Which part of a picture stays that is wider or higher than the size."""
     flip: bool = False
     """Mirror every other picture, unless its caption says left or right."""
-    caption_dropout: float = 0.1
-    """Share of captions that are emptied, so that guidance has something to subtract."""
+    caption_dropout: float | None = None
+    """Share of captions that are emptied, so that guidance has something to subtract; None is what
+    the task asks for."""
     caption: str = ""
     """The column of captions; text or caption where it is not named."""
     columns: tuple[str, ...] = ()
@@ -57,13 +58,15 @@ class Images:
     workers: int = 0
     """Processes that read, each with its threads; a script that sets it must guard its main."""
     threads: int = 8
-    """Threads that read; each prepares one batch at a time."""
+    """Threads that read; each prepares some rows of a batch at a time."""
 
     def __post_init__(self) -> None:
         shares = ("caption_dropout", "bad_share")
         positive = ("size", "bucket_step")
         for name in (*shares, *positive, "least_side", "workers", "threads"):
             value = getattr(self, name)
+            if value is None:
+                continue
             if value < (name in positive) or (name in shares and not value <= 1):
                 raise UserError(f"{name} = {value} is out of its range")
         for ref, weight in self.parts:
@@ -96,6 +99,10 @@ class Images:
                         f"{ref} was cached with data.{name} = {value!r}, and not "
                         f"{getattr(self, name)!r}: change it, or cache again"
                     )
+        for (one, first), (ref, held) in itertools.pairwise(found.items()):
+            for name in ("vae", "text_encoder", "latents", "text"):
+                if getattr(first, name) != getattr(held, name):
+                    raise UserError(f"{one} and {ref} differ in {name}, and are not mixed")
         return found
 
     @property
@@ -105,16 +112,16 @@ class Images:
 
 
 class Loader(Iterator[Batch]):
-    """Endless batches of this process' rows: process p of P gets rows [p b, (p + 1) b) of each.
+    """Endless batches of this process' rows.
 
     An example depends on the seed and on its place in the order alone, never on the numbers of
     processes, workers or threads. `place` in each batch is that place, uint32 [b], modulo 2**32.
-    A bad example is replaced by another one of its source, counted, and named in the log.
+    One batch is ready in advance. A bad example is replaced by another one of its source, counted,
+    and named in the log.
 
     Attributes:
         close: ends the threads and processes that read ahead.
         next_batch: the number of the batch that comes next: the whole state, to be stored.
-        skipped: bad examples that this process met, and why; the first `MOST_NAMED`.
 
     Args:
         data: what to read and how.
@@ -122,6 +129,8 @@ class Loader(Iterator[Batch]):
             it may raise BadExample. With workers, it must be picklable.
         batch_size: of all processes together.
         start: the first batch, where a run is resumed.
+        rows: those of every batch that this process gets, in this order; all where none are named.
+        bad: the property as it was before batch `start`; None for a new run.
 
     Raises:
         UserError: for sources that cannot be read, and where too many examples are bad.
@@ -134,27 +143,43 @@ class Loader(Iterator[Batch]):
         batch_size: int,
         seed: int,
         start: int = 0,
-        process: int = 0,
-        processes: int = 1,
+        rows: Sequence[int] | None = None,
+        bad: int | None = None,
     ):
-        if batch_size < 1 or batch_size % processes:
-            raise UserError(f"batch_size {batch_size} does not divide by {processes} processes")
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size} is not a whole number from 1")
         if not 0 <= seed < 1 << 63:
             raise UserError(f"seed {seed} is not from 0 to 2**63 - 1")
         check_grain()
         data.caches()
         self.next_batch = start
-        self.skipped: dict[str, str] = {}
-        self._data = data
-        self._drawn = self._bad = 0
+        self._data, self._tally = data, Tally(data.bad_share)
         self._sources = [open_source(ref, data.caption, data.columns) for ref, _ in data.parts]
+        self._held = [source.fingerprint() for source in self._sources]
         self._seed, self._batch_size = seed, batch_size
 
-        share = batch_size // processes
-        rows = range(process * share, (process + 1) * share)
-        make = Maker(data, self._sources, self._plan(), finish, batch_size, rows, seed)
-        self._reading = [read_ahead(make, start, data.workers, data.threads)]
+        mine = list(range(batch_size) if rows is None else rows)
+        pieces = [mine[i : i + PIECE] for i in range(0, len(mine), PIECE)]
+        self._pieces = len(pieces)
+        plan = self._plan()
+        # Shapes are looked at again. Of the share, only what this process sees itself decides: data
+        # that were mended must not stop the run once more.
+        self._before = 0 if bad is None else bad - self._tally.bad
+        make = Maker(data, self._sources, plan, finish, batch_size, pieces, seed)
+        first = start * self._pieces
+        reading = read_ahead(make, first, self._pieces, data.workers, data.threads)
+        self._reading = [reading]
         self.close = weakref.finalize(self, end, self._reading)  # at the latest at exit
+
+    @property
+    def bad(self) -> int:
+        """How often this process met a bad example in the run, also before it was resumed."""
+        return self._before + self._tally.bad
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Bad examples that this process met, and why."""
+        return self._tally.named
 
     def _plan(self) -> Plain | Bucketed:
         weights = [weight for _, weight in self._data.parts]
@@ -164,55 +189,44 @@ class Loader(Iterator[Batch]):
             return Plain(lengths, weights, (size, size), self._batch_size, self._seed, shuffle)
         sizes = bucket_sizes(size, self._data.bucket_step)
         buckets = []
-        for source in self._sources:
+        for source, held in zip(self._sources, self._held):
             groups, bad = sort_by_shape(source, sizes, self._data.least, self._data.threads)
-            self._count(len(source), bad)
+            self._tally.add(len(source), bad)
+            held["shapes"] = 0  # one picture whose header fails today moves all that come after it
+            for shape, group in groups.items():
+                known = zlib.crc32(repr(shape).encode(), held["shapes"])
+                held["shapes"] = zlib.crc32(group.tobytes(), known)
             buckets.append(groups)
         return Bucketed(buckets, weights, self._batch_size, self._seed, shuffle)
 
     def __next__(self) -> Batch:
         if not self._reading:
             raise StopIteration
+        parts = []
         try:
-            made = next(self._reading[0])
-            self._count(made["drawn"], made["bad"])
+            for _ in range(self._pieces):
+                with lost():
+                    made = next(self._reading[0])
+                self._tally.add(made["drawn"], made["bad"])
+                parts.append(made["rows"])
         except Exception:
             self.close()
             raise
         self.next_batch += 1
-        if self._data.workers:  # out of the memory shared with them, which is scarce
-            return {name: np.array(array) for name, array in made["batch"].items()}
-        return made["batch"]
-
-    def _count(self, drawn: int, bad: list[tuple[str, str]]) -> None:
-        """Names bad examples in the log, each once; stops the run where they are too many."""
-        for name, reason in bad:
-            if name not in self.skipped and len(self.skipped) < MOST_NAMED:
-                self.skipped[name] = reason
-                logger.warning("skipped %s: %s", name, reason)
-        self._drawn += drawn
-        self._bad += len(bad)
-        share = self._data.bad_share
-        if self._bad > share * max(self._drawn, LEAST_DRAWN):
-            name, reason = next(iter(self.skipped.items()))
-            raise UserError(
-                f"{self._bad} of {self._drawn} examples are bad, more than bad_share {share:g}; "
-                f"the first is {name}: {reason}"
-            )
+        # Copied out of the memory that is shared with workers, too, which is scarce.
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def fingerprint(self) -> dict[str, Any]:
         """What the order depends on: a run resumed with another one sees other examples."""
         names = ("size", "shuffle", "buckets", "bucket_step")
-        sources = [
-            source.fingerprint() | {"weight": weight}
-            for source, (_, weight) in zip(self._sources, self._data.parts)
-        ]
+        weights = [weight for _, weight in self._data.parts]
+        sources = [held | {"weight": weight} for held, weight in zip(self._held, weights)]
         settings = {name: getattr(self._data, name) for name in names}
         return {"seed": self._seed, "batch_size": self._batch_size, "sources": sources} | settings
 
 
 class Maker:
-    """n -> the rows of one process of global batch n, and what was bad on the way to them."""
+    """k -> the rows of the k-th piece of the batches, and what was bad on the way to them."""
 
     def __init__(
         self,
@@ -221,20 +235,21 @@ class Maker:
         plan: Plain | Bucketed,
         finish: Finish,
         batch_size: int,
-        rows: range,
+        pieces: list[list[int]],
         seed: int,
     ):
         self._data, self._sources, self._plan, self._finish = data, sources, plan, finish
-        self._batch_size, self._rows, self._seed = batch_size, rows, seed
+        self._batch_size, self._pieces, self._seed = batch_size, pieces, seed
 
-    def __call__(self, n: int) -> dict[str, Any]:
+    def __call__(self, k: int) -> dict[str, Any]:
         bad: list[tuple[str, str]] = []
-        places = [n * self._batch_size + row for row in self._rows]
-        draws = self._plan.draws(n, self._rows)
+        n, piece = divmod(int(k), len(self._pieces))
+        places = [n * self._batch_size + row for row in self._pieces[piece]]
+        draws = self._plan.draws(n, self._pieces[piece])
         made = [self._row(draw, place, bad) for draw, place in zip(draws, places)]
-        batch = {name: np.stack([arrays[name] for arrays in made]) for name in made[0]}
-        batch["place"] = np.array([place % (1 << 32) for place in places], np.uint32)
-        return {"batch": batch, "bad": bad, "drawn": len(made) + len(bad)}
+        rows = {name: np.stack([arrays[name] for arrays in made]) for name in made[0]}
+        rows["place"] = np.array([place % (1 << 32) for place in places], np.uint32)
+        return {"rows": rows, "bad": bad, "drawn": len(made) + len(bad)}
 
     def _row(self, draw: Draw, place: int, bad: list[tuple[str, str]]) -> Batch:
         """The example of a draw, or the first good one in its stead; adds to `bad`."""
@@ -255,12 +270,12 @@ class Maker:
 def prepared(data: Images, source: Source, i: int, size: Size, rng: np.random.Generator) -> Example:
     """Example i of a source, scaled, cropped and varied as the data says; raises BadExample."""
     if isinstance(source, Cached):
-        return source.draw(i, data.flip, data.caption_dropout, rng)
-    example = source.read(i, max(*size, data.least))
+        return source.draw(i, data.flip, data.caption_dropout or 0, rng)
+    example = patiently(source.read, i, max(*size, data.least))
     height, width = example["image"].shape[:2]
     if min(height, width) < data.least:
         raise BadExample(source.name(i), f"{width}x{height} is below least_side {data.least}")
     example = transforms.resize_and_crop(example, size, data.crop == "random", rng, data.columns)
     if data.flip:
         example = transforms.flip(example, rng, data.columns)
-    return transforms.drop_caption(example, data.caption_dropout, rng)
+    return transforms.drop_caption(example, data.caption_dropout or 0, rng)

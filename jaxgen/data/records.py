@@ -7,8 +7,8 @@ Nothing in a record can run code when it is read.
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +23,7 @@ from jaxgen.types import UserError
 
 KEY = "jaxgen"
 MAX_HEADER = 16 << 20
+MOST_DAMAGED = 16  # records at the start that may be
 
 
 def encode(example: Mapping[str, Any]) -> bytes:
@@ -81,15 +82,27 @@ def write_records(path: Path, rows: Iterable[Mapping[str, Any]], shards: int = 1
             with ExitStack() as stack:
                 files = []
                 for name in names:  # group_size 1: a picture is read without its neighbours
-                    files.append(writer(str(Path(scratch, name)), "group_size:1"))
-                    stack.callback(files[-1].close)
+                    with _told(path):
+                        files.append(writer(str(Path(scratch, name)), "group_size:1"))
+                    stack.callback(_told(path)(files[-1].close))
                 for count, row in enumerate(rows, 1):
-                    files[(count - 1) % shards].write(encode(row))
+                    record = encode(row)
+                    with _told(path):
+                        files[(count - 1) % shards].write(record)
             for name in names:
                 Path(scratch, name).replace(path / name)
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror or error}") from None
     return count
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """UserError for what the writer says of a full disk, in an error of no type of its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"cannot write to {path}: {str(error).split(';')[0]}") from None
 
 
 class Records(Source):
@@ -98,7 +111,7 @@ class Records(Source):
     Args:
         ref: what the user called them.
         files: at least one.
-        caption, columns: as for `Folder`; the first record is checked at the start.
+        caption, columns: as for `Folder`; the first whole record is checked at the start.
     """
 
     def __init__(
@@ -108,14 +121,20 @@ class Records(Source):
         self._caption = caption
         self._columns = columns
         self._source = open_records(ref, files)
+        self._files = [[file.name, file.stat().st_size] for file in files]
         if not len(self._source):
             raise UserError(f"{ref} holds no records")
-        try:
-            record = decode(self._source[0])
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{ref}: the first record is damaged: {reason}") from None
-        self._pick(record)
+        self._pick(self._first())
+
+    def _first(self) -> Example:
+        """The first record that is whole, of some at the start."""
+        reasons = []
+        for i in range(min(len(self), MOST_DAMAGED)):
+            try:
+                return self._record(i)
+            except BadExample as error:
+                reasons.append(error.reason)
+        raise UserError(f"{self.ref}: the first {len(reasons)} records are damaged: {reasons[0]}")
 
     def _pick(self, record: Example) -> tuple[str, dict[str, str]]:
         """The caption of a record, and the columns of its pictures by their names."""
@@ -145,7 +164,12 @@ class Records(Source):
             example[column] = examples.decode(record[key], column, self.name(i), least)
         return example | {"caption": caption}
 
+    def fingerprint(self) -> dict[str, Any]:
+        some = examples.crc_of_some(self, lambda i: self._source[i])
+        return super().fingerprint() | {"files": self._files, "some_records": some}
+
     def size(self, i: int) -> tuple[int, int]:
+        """As for any source, but the whole record is read: it is found in no other way."""
         record = self._record(i)
         if not isinstance(record.get("image"), bytes | np.ndarray):
             raise BadExample(self.name(i), "it has no image")

@@ -29,11 +29,12 @@ MOST_LISTED = 10_000  # entries of a folder that are looked at for an error
 
 
 def open_source(ref: str, caption: str = "", columns: tuple[str, ...] = ()) -> Source:
-    """A folder with `metadata.jsonl`, ArrayRecord files, a cache, or a tensorflow-datasets name.
+    """A folder, ArrayRecord files, a cache, a tensorflow-datasets name, or our own scenes.
 
     Args:
         ref: the folder; an ArrayRecord file, a folder of them, or a pattern such as
-            "shards/*.array_record"; or "tfds:NAME:SPLIT", as `Tfds` says.
+            "shards/*.array_record"; "tfds:NAME:SPLIT", as `Tfds` says; or "emoji_scenes" or
+            "emoji_scenes:SPLIT", as `EmojiScenes` does.
         caption: the column of captions; "" takes `text`, or else `caption`.
         columns: further columns that each example must have; pictures among them are read.
 
@@ -44,6 +45,14 @@ def open_source(ref: str, caption: str = "", columns: tuple[str, ...] = ()) -> S
         raise UserError("no source of training data is named: set data.source")
     if ref.startswith(PREFIX):
         return Tfds(ref, caption, columns)
+    if ref.split(":")[0] == "emoji_scenes":  # a folder of that name is ./emoji_scenes
+        from jaxgen.data.emoji_scenes.scenes import (
+            EmojiScenes,  # its artwork is read where it is used
+        )
+
+        return EmojiScenes(ref, caption, columns)
+    if "://" in ref:
+        raise UserError(f"{ref[:200]}: data are read as files; mount it, and name the folder")
     path = Path(ref)
     try:
         if (path / METADATA).is_file():

@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxgen.data import examples
-from jaxgen.data.examples import CAPTIONS, Example, Source
+from jaxgen.data.examples import CAPTIONS, BadExample, Example, Source
 from jaxgen.types import UserError
 
 PREFIX = "tfds:"
@@ -33,7 +35,8 @@ class Tfds(Source):
         parts = _REF.fullmatch(ref.removeprefix(PREFIX))
         if parts is None:
             raise UserError(f"{ref} is not tfds:NAME[/CONFIG][:VERSION]:SPLIT or tfds:FOLDER:SPLIT")
-        features, encoded, self._source = _open(ref, **parts.groupdict())
+        features, encoded, self._dataset, self._source = _open(ref, **parts.groupdict())
+        self._split = parts["split"]
         if "image" not in features:
             raise UserError(f"{ref} has no feature 'image'; it has {', '.join(features)}")
         shown = dict.fromkeys(features, "")
@@ -57,16 +60,27 @@ class Tfds(Source):
     def read(self, i: int, least: int | None = None) -> Example:
         record = self._record(i)
         example = {k: _plain(v) for k, v in record.items() if k not in self._unread}
-        if self._classes:
-            example["caption"] = self._classes[record[self._caption]].replace("_", " ")
-        else:
-            with examples.guard(self.name(i)):
+        with examples.guard(self.name(i)):
+            if self._classes:
+                label = int(record[self._caption])
+                if not 0 <= label < len(self._classes):  # test splits have -1, which is unknown
+                    raise BadExample(
+                        self.name(i), f"{self._caption!r} is {label}, which is no class"
+                    )
+                example["caption"] = self._classes[label].replace("_", " ")
+            else:
                 example["caption"] = examples.pick_caption(example, self._caption, self.ref)
         for column, key in self._pictures.items():
             example[column] = examples.decode(record[key], column, self.name(i), least)
         return example
 
+    def fingerprint(self) -> dict[str, Any]:
+        some = examples.crc_of_some(self, lambda i: bytes(self._source[i]["image"]))
+        held = {"dataset": self._dataset, "split": self._split, "some_pictures": some}
+        return super().fingerprint() | held
+
     def size(self, i: int) -> tuple[int, int]:
+        """As for any source, but the whole record is read: it is found in no other way."""
         return examples.size(self._record(i)["image"], self.name(i))
 
     def name(self, i: int) -> str:
@@ -74,13 +88,18 @@ class Tfds(Source):
 
 
 def _plain(value: Any) -> Any:
+    """Bytes as text, alone or in lists."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OS":
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def _open(
     ref: str, name: str, version: str | None, split: str
-) -> tuple[dict[str, Any], set[str], Any]:
-    """Features of a prepared dataset, those that are pictures, and random access to a split."""
+) -> tuple[dict[str, Any], set[str], str, Any]:
+    """Features of a prepared dataset, those that are pictures, its name, and access to a split."""
     try:
         import tensorflow_datasets as tfds
     except ImportError:
@@ -96,7 +115,8 @@ def _open(
         features = dict(builder.info.features.items())
         encoded = {k for k, v in features.items() if isinstance(v, tfds.features.Image)}
         decoders = {k: tfds.decode.SkipDecoding() for k in encoded}
-        return features, encoded, builder.as_data_source(split=split, decoders=decoders)
+        source = builder.as_data_source(split=split, decoders=decoders)
+        return features, encoded, builder.info.full_name, source
     except Exception as error:
         reason = str(error).strip().split("\n")[0].strip(" .") or type(error).__name__
         if not is_folder:

@@ -15,7 +15,9 @@ from jaxgen.data.examples import LABELS, MASKS, BadExample, Example
 Size = tuple[int, int]  # width, height
 ASPECT_SLACK = 0.02  # a pixel of rounding in a small picture
 LEAST_VISIBLE = 0.25  # a box of which less than this share stays in the picture is dropped
-SIDES = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
+ROUNDING = 1e-4  # by which a box may leave its picture
+# Words end at underscores, too: file names and labels become captions.
+SIDES = re.compile(r"(?<![^\W_])(left|right)(most|wards?)?(?![^\W_])", re.IGNORECASE)
 
 
 def resize_and_crop(
@@ -29,16 +31,17 @@ def resize_and_crop(
 
     Scaling is by Lanczos with antialiasing, as sampling treats a picture that it starts from;
     masks and labels by nearest neighbour, so that no value is invented. Pictures of one example may
-    be stored at different sizes of one shape. Boxes are moved along, cut at the edge, and dropped
-    with their phrases where less than a quarter stays visible.
+    be stored at different sizes of one shape. Boxes, if they are asked for, are moved along, cut at
+    the edge, and dropped with their phrases where less than a quarter stays visible; otherwise they
+    are left out, for they would be wrong.
 
     Args:
         size: width and height wanted.
         random: crop anywhere; otherwise the centre.
-        columns: what else holds pictures, beside `image`.
+        columns: what is asked for beside `image`: further pictures, `boxes`.
 
     Raises:
-        BadExample: for pictures of different shapes.
+        BadExample: for pictures of different shapes, and for boxes that are none.
     """
     height, width = example["image"].shape[:2]
     scale = max(size[0] / width, size[1] / height)
@@ -53,11 +56,13 @@ def resize_and_crop(
         if abs(w * height / (h * width) - 1) > ASPECT_SLACK:
             raise BadExample("", f"{name!r} is {w}x{h} and the image {width}x{height}")
         example[name] = cut(example[name], box, size, name in (*MASKS, *LABELS))
-    if "boxes" in example:
-        boxes, kept = crop_boxes(checked_boxes(example), box)
-        example["boxes"] = boxes[kept]
-        if "phrases" in example:
-            example["phrases"] = [p for p, keep in zip(example["phrases"], kept) if keep]
+    if "boxes" not in columns:
+        example.pop("boxes", None)
+        return example
+    boxes, kept = crop_boxes(checked_boxes(example), box)
+    example["boxes"] = boxes[kept]
+    if "phrases" in example:
+        example["phrases"] = [p for p, keep in zip(example["phrases"], kept) if keep]
     return example
 
 
@@ -86,14 +91,23 @@ def cut(pixels: np.ndarray, box: tuple[float, ...], size: Size, nearest: bool) -
 
 
 def checked_boxes(example: Example) -> np.ndarray:
-    """The boxes of an example, float32 [N, 4]; BadExample unless there is a phrase for each."""
+    """The boxes of an example, float32 [N, 4], fractions; BadExample unless each has a phrase."""
     try:
         boxes = np.asarray(example["boxes"], np.float32).reshape(-1, 4)
     except (TypeError, ValueError):
         raise BadExample("", "its boxes are not lists of x0, y0, x1, y1") from None
-    if "phrases" in example and len(example["phrases"]) != len(boxes):
-        raise BadExample("", f"it has {len(boxes)} boxes and {len(example['phrases'])} phrases")
-    return boxes
+    for box in boxes:
+        x0, y0, x1, y1 = box
+        inside = (box >= -ROUNDING).all() and (box <= 1 + ROUNDING).all()
+        if not (inside and x0 < x1 and y0 < y1):
+            shown = ", ".join(f"{side:g}" for side in box)
+            raise BadExample("", f"its box {shown} is not x0 < x1, y0 < y1 as fractions, 0 to 1")
+    phrases = example.get("phrases", [""] * len(boxes))
+    if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
+        raise BadExample("", "its phrases are not a list of texts")
+    if len(phrases) != len(boxes):
+        raise BadExample("", f"it has {len(boxes)} boxes and {len(phrases)} phrases")
+    return np.clip(boxes, 0, 1)
 
 
 def crop_boxes(boxes: np.ndarray, box: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +126,8 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
 def flip(example: Example, rng: np.random.Generator, columns: Iterable[str] = ()) -> Example:
     """One in two examples mirrored left to right, all of its pictures and boxes together.
 
-    Never one whose caption, phrases or other texts say left or right.
+    Never one whose caption, phrases or other texts say left or right, or whose column `flip` is
+    false.
     """
     mirror = rng.random() < 0.5
     if not mirror or not may_flip(example):
@@ -127,8 +142,10 @@ def flip(example: Example, rng: np.random.Generator, columns: Iterable[str] = ()
 
 
 def may_flip(example: Example) -> bool:
-    """Whether no text of it says left or right."""
-    return not any(SIDES.search(text) for text in _texts(example))
+    """Whether no text of it says left or right, and its column `flip` does not forbid it."""
+    return example.get("flip") is not False and not any(
+        SIDES.search(text) for text in _texts(example)
+    )
 
 
 def _texts(example: Example) -> Iterable[str]:

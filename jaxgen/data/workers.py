@@ -1,10 +1,11 @@
-"""Threads and processes that prepare batches ahead of training, by grain."""
+"""Threads and processes that prepare pieces of batches ahead of training, by grain."""
 
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jaxgen.data.order import ENDLESS
@@ -19,29 +20,52 @@ def check_grain() -> None:
         raise UserError("reading training data needs grain: pip install 'jaxgen[data]'") from None
 
 
-def read_ahead(make: Callable[[int], Any], start: int, workers: int, threads: int) -> Any:
+def read_ahead(
+    make: Callable[[int], Any], start: int, ahead: int, workers: int, threads: int
+) -> Any:
     """An iterator over `make(start)`, `make(start + 1)`, ... without end.
 
-    Whole batches are dealt to the workers in turn, so their number does not change the order.
+    Pieces are dealt to the workers in turn, so their number does not change the order.
 
     Args:
-        make: a function of the batch's number; picklable, if there are workers.
+        make: a function of the piece's number; picklable, if there are workers.
+        ahead: how many pieces are ready in advance; beside them each thread has one in hand.
         workers: processes; none reads in this one.
-        threads: of each process, each with one batch in hand; none makes a batch when it is asked.
+        threads: of each process; none makes a piece when it is asked.
     """
     import grain
     from absl import flags
 
     if not flags.FLAGS.is_parsed():  # grain's workers read absl's flags, which nobody parses here
         flags.FLAGS.mark_as_parsed()
-    batches = grain.MapDataset.range(start, ENDLESS).map(make)
-    reading = batches.to_iter_dataset(grain.ReadOptions(threads, threads))
+    pieces = grain.MapDataset.range(start, ENDLESS).map(make)
+    held = (-(-ahead // max(1, workers)) + threads) if threads else 0
+    reading = pieces.to_iter_dataset(grain.ReadOptions(threads, held))
     return iter(reading.mp_prefetch(grain.MultiprocessingOptions(workers), _serve))
 
 
+@contextmanager
+def lost() -> Iterator[None]:
+    """UserError, so that a run is saved, where a worker dies while it is waited for."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("Worker process was terminated"):  # grain has no type for it
+            raise
+        raise UserError(
+            "a process that reads data was ended from outside, by lack of memory perhaps: "
+            "fewer data.workers need less"
+        ) from None
+
+
 def _serve(worker: int, workers: int) -> None:
-    """Begins a worker: Ctrl-C is for the process that it serves, which it does not outlive."""
+    """Begins a worker: signals are for the process that it serves, which it does not outlive.
+
+    A cluster sends SIGTERM to all processes of a job at once; the run still wants its last batch.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     served = multiprocessing.parent_process()
 
     def follow() -> None:

@@ -140,13 +140,14 @@ class Layers(nn.Module):
 
     config: TransformerConfig
     causal: bool
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> list[Array]:
         """[B, T, C] -> the input and the output of each layer, [B, T, C] each."""
-        states = [x]
+        states, kind = [x], nn.remat(Layer) if self.remat else Layer
         for i in range(self.config.num_hidden_layers):
-            states.append(Layer(self.config, self.causal, name=f"layers.{i}")(states[-1]))
+            states.append(kind(self.config, self.causal, name=f"layers.{i}")(states[-1]))
         return states
 
 
@@ -181,11 +182,12 @@ class TextTransformer(nn.Module):
     """Embeddings, causal layers, final norm."""
 
     config: TextConfig
+    remat: bool = False
 
     @nn.compact
     def __call__(self, ids: Array, skip: int = 0) -> tuple[list[Array], Array, Array]:
         """[B, T] ids -> hidden states; the chosen one and the last one after the norm."""
-        states = Layers(self.config, causal=True, name="encoder")(
+        states = Layers(self.config, True, self.remat, name="encoder")(
             TextEmbeddings(self.config, name="embeddings")(ids)
         )
         norm = LayerNorm(self.config.layer_norm_eps, name="final_layer_norm")
@@ -197,12 +199,13 @@ class TextModule(nn.Module):
 
     config: TextConfig
     projected: bool
+    remat: bool = False
 
     @nn.compact
     def __call__(self, ids: Array, skip: int = 0) -> tuple[list[Array], Array, Array]:
         """[B, T] ids -> hidden states, tokens [B, T, C], pooled [B, C or projection_dim]."""
         cfg = self.config
-        states, tokens, last = TextTransformer(cfg, name="text_model")(ids, skip)
+        states, tokens, last = TextTransformer(cfg, self.remat, name="text_model")(ids, skip)
         # Configs older than an upstream fix say eos 2; in CLIP's own vocabulary eos is the largest.
         end = ids.argmax(-1) if cfg.eos_token_id == 2 else (ids == cfg.eos_token_id).argmax(-1)
         pooled = jnp.take_along_axis(last, end[:, None, None], 1)[:, 0]
@@ -217,6 +220,7 @@ class TextEncoder:
 
     config: TextConfig
     projected: bool = False
+    remat: bool = False
 
     @staticmethod
     def read(data: Mapping[str, Any], where: str) -> "TextEncoder":
@@ -242,7 +246,7 @@ class TextEncoder:
 
         `skip` counts layers left out at the end (clip skip); the final norm always follows.
         """
-        module = TextModule(self.config, self.projected)
+        module = TextModule(self.config, self.projected, self.remat)
         _, tokens, pooled = module.apply({"params": params}, ids, skip)
         return at_least_float32(tokens), at_least_float32(pooled)
 
@@ -272,13 +276,14 @@ class VisionTransformer(nn.Module):
     """Embeddings, norm, layers; the class token's output, normed."""
 
     config: VisionConfig
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: Array) -> tuple[Array, Array]:
         """[B, H, W, 3] -> last hidden state [B, 1 + patches, C], pooled [B, C]."""
         x = VisionEmbeddings(self.config, name="embeddings")(images)
         x = LayerNorm(self.config.layer_norm_eps, name="pre_layrnorm")(x)  # upstream's spelling
-        x = Layers(self.config, causal=False, name="encoder")(x)[-1]
+        x = Layers(self.config, False, self.remat, name="encoder")(x)[-1]
         return x, LayerNorm(self.config.layer_norm_eps, name="post_layernorm")(x[:, 0])
 
 
@@ -286,12 +291,13 @@ class VisionModule(nn.Module):
     """The image encoder and its projection into the space shared with text."""
 
     config: VisionConfig
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: Array) -> tuple[Array, Array]:
         """[B, H, W, 3] -> last hidden state [B, 1 + patches, C], embedding [B, projection_dim]."""
         cfg = self.config
-        x, pooled = VisionTransformer(cfg, name="vision_model")(images)
+        x, pooled = VisionTransformer(cfg, self.remat, name="vision_model")(images)
         return x, Dense(cfg.projection_dim, use_bias=False, name="visual_projection")(pooled)
 
 
@@ -300,6 +306,7 @@ class VisionEncoder:
     """A CLIP image encoder with projection, as functions over a plain parameter tree."""
 
     config: VisionConfig
+    remat: bool = False
 
     @staticmethod
     def read(data: Mapping[str, Any], where: str) -> "VisionEncoder":
@@ -318,5 +325,6 @@ class VisionEncoder:
     def apply(self, params: Params, images: Array) -> tuple[Array, Array]:
         """Images [B, H, W, 3], resized and normed for CLIP -> hidden state, embedding [B, P]."""
         dtype = params["visual_projection"]["kernel"].dtype
-        x, embedding = VisionModule(self.config).apply({"params": params}, images.astype(dtype))
+        module = VisionModule(self.config, self.remat)
+        x, embedding = module.apply({"params": params}, images.astype(dtype))
         return at_least_float32(x), at_least_float32(embedding)

@@ -76,13 +76,10 @@ def patched(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 def compute(wanted: Wanted, a: Array, b: Array, geometry: Geometry) -> Array:
     """One of the three from the other two, in the form that is fastest on a CPU."""
     image, kernel = _image_and_kernel(wanted, a, b, geometry)
-    if geometry.simple:
-        if wanted == "result" and winograd.pays(image, kernel):
-            return winograd.convolve(a, b)
-        if wanted == "image" and winograd.pays(a, b):
-            return winograd.convolve(a, b, transposed=True)
-        if wanted == "kernel" and winograd.pays(image, kernel):
+    if geometry.simple and winograd.pays(image, kernel):
+        if wanted == "kernel":
             return winograd.kernel_gradient(a, b)
+        return winograd.convolve(a, b, transposed=wanted == "image")
     return transposed(patched if _wide_and_small(image) else plain, wanted, a, b, geometry)
 
 

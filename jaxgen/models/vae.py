@@ -65,19 +65,26 @@ FIXED: Mapping[str, Any] = {
 }
 
 
+def _resblock(features: int, groups: int, name: str, remat: bool) -> ResBlock:
+    kind = nn.remat(ResBlock) if remat else ResBlock
+    return kind(features, groups, EPSILON, name=name)
+
+
 class MidBlock(nn.Module):
     """Residual, single-head attention over all pixels, residual."""
 
     config: VAEConfig
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, H, W, C] -> [B, H, W, C]."""
         channels, groups = x.shape[-1], self.config.norm_num_groups
-        x = ResBlock(channels, groups, EPSILON, name="resnets.0")(x)
+        x = _resblock(channels, groups, "resnets.0", self.remat)(x)
         if self.config.mid_block_add_attention:
-            x = x + PixelAttention(groups=groups, name="attentions.0")(x)
-        return ResBlock(channels, groups, EPSILON, name="resnets.1")(x)
+            kind = nn.remat(PixelAttention) if self.remat else PixelAttention
+            x = x + kind(groups=groups, name="attentions.0")(x)
+        return _resblock(channels, groups, "resnets.1", self.remat)(x)
 
 
 class PixelAttention(SelfAttention):
@@ -101,12 +108,13 @@ class Level(nn.Module):
     layers: int
     groups: int
     resize: str = ""  # "", "down" or "up"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, H, W, C] -> [B, H', W', features]."""
         for i in range(self.layers):
-            x = ResBlock(self.features, self.groups, EPSILON, name=f"resnets.{i}")(x)
+            x = _resblock(self.features, self.groups, f"resnets.{i}", self.remat)(x)
         if self.resize == "down":
             # Padded right and below only, unlike the UNet.
             x = Downsample(self.features, ((0, 1), (0, 1)), name="downsamplers.0")(x)
@@ -119,21 +127,19 @@ class Encoder(nn.Module):
     """Pixels to the moments of the posterior."""
 
     config: VAEConfig
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, H, W, 3] -> [B, H/f, W/f, 2 * latent_channels]."""
-        cfg = self.config
-        widths = cfg.block_out_channels
+        cfg, layers = self.config, self.config.layers_per_block
+        widths, groups = cfg.block_out_channels, cfg.norm_num_groups
         x = Conv(widths[0], name="conv_in")(x)
         for i, width in enumerate(widths):
             resize = "down" if i < len(widths) - 1 else ""
-            level = Level(
-                width, cfg.layers_per_block, cfg.norm_num_groups, resize, name=f"down_blocks.{i}"
-            )
-            x = level(x)
-        x = MidBlock(cfg, name="mid_block")(x)
-        norm = GroupNorm(cfg.norm_num_groups, EPSILON, name="conv_norm_out").affine(x)
+            x = Level(width, layers, groups, resize, self.remat, name=f"down_blocks.{i}")(x)
+        x = MidBlock(cfg, self.remat, name="mid_block")(x)
+        norm = GroupNorm(groups, EPSILON, name="conv_norm_out").affine(x)
         return Conv(2 * cfg.latent_channels, name="conv_out")(x, norm)
 
 
@@ -141,20 +147,18 @@ class Decoder(nn.Module):
     """Latents to pixels."""
 
     config: VAEConfig
+    remat: bool = False
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
         """[B, h, w, latent_channels] -> [B, f h, f w, 3]."""
-        cfg = self.config
-        widths = cfg.block_out_channels[::-1]
-        x = MidBlock(cfg, name="mid_block")(Conv(widths[0], name="conv_in")(z))
+        cfg, layers = self.config, self.config.layers_per_block + 1
+        widths, groups = cfg.block_out_channels[::-1], cfg.norm_num_groups
+        x = MidBlock(cfg, self.remat, name="mid_block")(Conv(widths[0], name="conv_in")(z))
         for i, width in enumerate(widths):
             resize = "up" if i < len(widths) - 1 else ""
-            level = Level(
-                width, cfg.layers_per_block + 1, cfg.norm_num_groups, resize, name=f"up_blocks.{i}"
-            )
-            x = level(x)
-        norm = GroupNorm(cfg.norm_num_groups, EPSILON, name="conv_norm_out").affine(x)
+            x = Level(width, layers, groups, resize, self.remat, name=f"up_blocks.{i}")(x)
+        norm = GroupNorm(groups, EPSILON, name="conv_norm_out").affine(x)
         return Conv(cfg.out_channels, name="conv_out")(x, norm)
 
 
@@ -162,11 +166,12 @@ class VAEModule(nn.Module):
     """Both halves under one parameter tree."""
 
     config: VAEConfig
+    remat: bool = False
 
     def setup(self) -> None:
         """Names as in checkpoints."""
         cfg = self.config
-        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.encoder, self.decoder = Encoder(cfg, self.remat), Decoder(cfg, self.remat)
         if cfg.use_quant_conv:
             self.quant_conv = Conv(2 * cfg.latent_channels, kernel=1)
         if cfg.use_post_quant_conv:
@@ -191,6 +196,7 @@ class VAE:
     """An autoencoder as functions over a plain parameter tree. Latents are scaled for the UNet."""
 
     config: VAEConfig
+    remat: bool = False
 
     @staticmethod
     def read(data: Mapping[str, Any], where: str) -> "VAE":
@@ -207,7 +213,8 @@ class VAE:
     def posterior(self, params: Params, images: Array) -> tuple[Array, Array]:
         """[B, H, W, 3] in [-1, 1] -> mean and standard deviation, [B, H/f, W/f, C], unscaled."""
         images = images.astype(params["encoder"]["conv_in"]["kernel"].dtype)
-        moments = VAEModule(self.config).apply({"params": params}, images, method="encode")
+        module = VAEModule(self.config, self.remat)
+        moments = module.apply({"params": params}, images, method="encode")
         mean, logvar = jnp.split(at_least_float32(moments), 2, -1)
         return mean, jnp.exp(0.5 * jnp.clip(logvar, -30, 20))
 
@@ -222,6 +229,5 @@ class VAE:
         z = (latents / self.config.scaling_factor).astype(
             params["decoder"]["conv_in"]["kernel"].dtype
         )
-        return at_least_float32(
-            VAEModule(self.config).apply({"params": params}, z, method="decode")
-        )
+        module = VAEModule(self.config, self.remat)
+        return at_least_float32(module.apply({"params": params}, z, method="decode"))

@@ -1,5 +1,6 @@
 """Learning the autoencoder: pixels to latents and back."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -8,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgen.conditioning import unit
 from jaxgen.denoiser import Model
 from jaxgen.models.layers import Conv
 from jaxgen.models.vae import VAE
 from jaxgen.tasks import base
 from jaxgen.tasks.base import Batch, Example, Metrics, Task
-from jaxgen.types import Array, Params, UserError, at_least_float32
+from jaxgen.types import Array, Params, UserError, at_least_float32, full_precision
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,12 @@ class Autoencoder:
         return task._replace(finished=scaled)
 
 
+@full_precision
 def reconstruction_loss(
     vae: VAE, kl: float, adversarial: float, params: Params, batch: Batch, key: Array
 ) -> tuple[Array, Metrics]:
     """Mean absolute error per number, the divergence, and what a critic sees."""
-    images = base.unit(batch["image"])
+    images = unit(batch["image"])
     mean, std = vae.posterior(params["vae"], images)
     noise = jax.vmap(lambda k: jax.random.normal(k, mean.shape[1:]))(base.example_keys(key, batch))
     scale = vae.config.scaling_factor
@@ -63,22 +66,20 @@ def reconstruction_loss(
     total = error + kl * divergence
     metrics = {"error": error, "divergence": divergence}
     if adversarial:
-        judge = lambda x: Critic().apply({"params": params["critic"]}, x)  # noqa: E731
-        # The critic learns to tell (hinge loss); what comes back to the copies has its sign turned,
-        # so that one loss serves both players.
-        real, fake = nn.relu(1 - judge(images)), nn.relu(1 + judge(reverse(copies, adversarial)))
+        # One loss serves both players, each of whom takes the other as given. The critic's is the
+        # hinge; the copies' is the score itself, which pulls where the hinge is flat: where the
+        # critic is sure (Rombach et al. 2022, their code).
+        critic, still = params["critic"], jax.lax.stop_gradient
+        real, fake = nn.relu(1 - score(critic, images)), nn.relu(1 + score(critic, still(copies)))
         doubt = (real + fake).mean()
-        total, metrics = total + doubt, metrics | {"doubt": doubt}
+        total = total + doubt - adversarial * score(still(critic), copies).mean()
+        metrics = metrics | {"doubt": doubt}
     return total, metrics
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def reverse(x: Array, weight: float) -> Array:
-    """The identity, whose gradient is -weight times what comes back (Ganin & Lempitsky 2015)."""
-    return x
-
-
-reverse.defvjp(lambda x, weight: (x, None), lambda weight, _, g: (-weight * g,))
+def score(critic: Params, images: Array) -> Array:
+    """How real a critic finds the patches of pictures [B, H, W, 3], in its parameters' dtype."""
+    return Critic().apply({"params": critic}, images.astype(critic["conv_out"]["kernel"].dtype))
 
 
 class Critic(nn.Module):
@@ -100,12 +101,15 @@ def picture_alone(example: Example, rng: np.random.Generator) -> Example:
     return {"image": example["image"]}
 
 
-def scaled(model: Model, params: Params, batch: Example) -> Model:
+def scaled(model: Model, params: Params, batch: Example, learned: Collection[str]) -> Model:
     """The model with the scaling factor that gives latents of these pictures unit variance.
 
-    What a UNet is trained on later (Rombach et al. 2022, appendix G).
+    What a UNet is trained on later (Rombach et al. 2022, appendix G). Where the latents are what
+    they were, because only the decoder learned, so is their scale, which a UNet may know.
     """
-    mean, std = jax.jit(model.vae.posterior)(params["vae"], base.unit(batch["image"]))
+    if not any(path.startswith(base.ENCODERS["vae"]) for path in learned):
+        return model
+    mean, std = jax.jit(model.vae.posterior)(params["vae"], unit(batch["image"]))
     spread = jnp.sqrt(jnp.var(mean) + jnp.mean(jnp.square(std)))
-    vae = VAE(replace(model.vae.config, scaling_factor=float(1 / spread)))
-    return replace(model, vae=vae)
+    config = replace(model.vae.config, scaling_factor=float(1 / spread))
+    return replace(model, vae=replace(model.vae, config=config))

@@ -2,7 +2,7 @@
 
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import trees
-from jaxgen.conditioning import encode_text
+from jaxgen.conditioning import unit
 from jaxgen.data.pipeline import Images
 from jaxgen.denoiser import Model
 from jaxgen.types import Array, Params, UserError
@@ -19,13 +19,14 @@ from jaxgen.weights.files import Tensors
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 Example = dict[str, Any]
+Finished = Callable[[Model, Params, Example, Collection[str]], Model]
 
 # What a cache holds is made by these parameters: of the VAE, what decodes may be another.
 ENCODERS = {"vae": ("vae/encoder/", "vae/quant_conv/"), "text_encoder": ("text_encoder/",)}
 
 
 class Task(NamedTuple):
-    """Three functions, and what they are about.
+    """What to learn: three functions, the model they are about, and what they ask of the data.
 
     Every example of a batch has a number, `place`, in the order of training: whatever chance brings
     to it is drawn from that number and the step's key, so that no layout of devices matters.
@@ -37,8 +38,9 @@ class Task(NamedTuple):
     loss: Callable[[Params, Batch, Array], tuple[Array, Metrics]]  # parameters, batch, key
     example: Callable[[Example, np.random.Generator], Example]  # on the host, before batches
     columns: tuple[str, ...] = ()  # of the data, beside image and caption
-    # What is saved, once it has learned; reads a last batch. A VAE's latents get their scale here.
-    finished: Callable[[Model, Params, Example], Model] = lambda model, params, batch: model
+    # What is saved, once these paths have learned; reads a last batch. Latents are scaled here.
+    finished: Finished = lambda model, params, batch, learned: model
+    dropout: float = 0.0  # of captions, by the data, unless these say another share
     cached: bool = False  # whether it learns from what `jaxgen cache` stored as from pictures
 
 
@@ -54,11 +56,6 @@ def by_patterns(patterns: tuple[str, ...]) -> Callable[[str], bool]:
 def example_keys(key: Array, batch: Batch) -> Array:
     """A key for each example [B], by its place."""
     return jax.vmap(lambda place: jax.random.fold_in(key, place))(batch["place"])
-
-
-def unit(images: Array) -> Array:
-    """uint8 [B, H, W, 3] -> float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 255 * 2 - 1
 
 
 def posterior_of(model: Model, params: Params, batch: Batch) -> tuple[Array, Array]:
@@ -82,8 +79,7 @@ def text_of(model: Model, params: Params, batch: Batch) -> Array:
     """Embeddings [B, T, D] of a batch's captions; a cached example holds them as `embeddings`."""
     if "embeddings" in batch:
         return batch["embeddings"].astype(jnp.float32)
-    ids = batch["ids"][:, None]
-    return encode_text(params["text_encoder"], ids, jnp.ones(ids.shape), encoder=model.text_encoder)
+    return model.text_encoder.apply(params["text_encoder"], batch["ids"])[0]
 
 
 def tokens_of(model: Model, caption: str) -> np.ndarray:

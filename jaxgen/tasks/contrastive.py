@@ -12,7 +12,7 @@ from jaxgen.models.clip import VisionConfig, VisionEncoder
 from jaxgen.models.layers import linear
 from jaxgen.tasks import base
 from jaxgen.tasks.base import Batch, Example, Metrics, Task
-from jaxgen.types import Array, Params, UserError
+from jaxgen.types import Array, Params, UserError, full_precision
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, by channel
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -56,7 +56,8 @@ class Contrastive:
                 projection_dim=text.projection_dim,
                 image_size=self.image_size,
                 patch_size=self.patch_size,
-            )
+            ),
+            remat=model.text_encoder.remat,
         )
 
         def init(key: Array, given: Params) -> Params:
@@ -76,12 +77,13 @@ class Contrastive:
         return Task(model, init, base.by_patterns(self.learn), loss, example)
 
 
+@full_precision
 def contrastive_loss(
     model: Model, vision: VisionEncoder, params: Params, batch: Batch, key: Array
 ) -> tuple[Array, Metrics]:
     """The mean cross entropy of finding the caption of a picture, and the picture of a caption."""
     clip = params["clip"]
-    pixels = ((base.unit(batch["image"]) + 1) / 2 - jnp.asarray(MEAN)) / jnp.asarray(STD)
+    pixels = (batch["image"] / jnp.float32(255) - jnp.asarray(MEAN)) / jnp.asarray(STD)
     _, seen = vision.apply(clip, pixels)
     _, pooled = model.text_encoder.apply(params["text_encoder"], batch["ids"])
     said = linear(clip["text_projection"], pooled)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import denoiser
+from jaxgen.conditioning import unit
 from jaxgen.data import transforms
 from jaxgen.denoiser import Model
 from jaxgen.diffusion import losses
@@ -23,6 +24,8 @@ from jaxgen.tasks.base import Batch, Example, Metrics, Task
 from jaxgen.types import Array, Inputs, Params, UserError
 
 Concat = Callable[[Params, Batch], tuple[Array, ...]]
+
+DROPOUT = 0.1  # of captions, as in Stable Diffusion's own training
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,9 @@ class TextToImage:
             raise UserError(f"{model.name} reads pictures; text_to_image needs a UNet without")
         model = _scheduled(self, model)
         tokens = partial(_captioned, model=model)
-        return _task(self, model, lambda params, batch: (), tokens)._replace(cached=True)
+        return _task(self, model, lambda params, batch: (), tokens)._replace(
+            cached=True, dropout=DROPOUT
+        )
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Inpainting(TextToImage):
         example = partial(_masked, model=model, strokes=self.strokes)
         columns = ("mask",) if self.masks == "data" else ()
         task = _task(self, model, partial(_mask_and_picture, model), example)
-        return task._replace(columns=columns)
+        return task._replace(columns=columns, dropout=DROPOUT)
 
 
 @dataclass(frozen=True)
@@ -183,13 +188,14 @@ def _masked(example: Example, rng: np.random.Generator, *, model: Model, strokes
 def _mask_and_picture(model: Model, params: Params, batch: Batch) -> tuple[Array, ...]:
     """Mask and latents of what it leaves, [B, h, w, 1 + C]; the hidden is grey."""
     mask = batch["mask"][..., None]
-    latents = model.vae.encode(params["vae"], base.unit(batch["image"]) * ~mask)
+    latents = model.vae.encode(params["vae"], unit(batch["image"]) * ~mask)
     f = model.factor
     return (jnp.concatenate([mask[:, ::f, ::f].astype(latents.dtype), latents], -1),)
 
 
 def _edited(example: Example, rng: np.random.Generator, *, model: Model, dropout: float) -> Example:
-    """Of three shares of size `dropout` the first hears nothing, the second both, the third sees.
+    """Drops the caption from one share of size `dropout`, both from a second, and from a third the
+    picture before the edit.
 
     So that neither, and each of the two alone, is learned (Brooks et al. 2023, section 3.2.1).
     """
@@ -203,5 +209,5 @@ def _edited(example: Example, rng: np.random.Generator, *, model: Model, dropout
 
 def _original(model: Model, params: Params, batch: Batch) -> tuple[Array, ...]:
     """Unscaled latents of the picture before the edit, [B, h, w, C]; zero where it is not seen."""
-    mean, _ = model.vae.posterior(params["vae"], base.unit(batch["original"]))
+    mean, _ = model.vae.posterior(params["vae"], unit(batch["original"]))
     return (batch["seen"][:, None, None, None] * mean,)

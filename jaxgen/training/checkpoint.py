@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -21,12 +22,15 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxgen import locks
+from jaxgen.training import together
 from jaxgen.types import UserError
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every step, and errors twice
 _OTHER = ("tree structures do not match", "Requested shape")  # what Orbax says of another state
 _ASYNCIO = logging.getLogger("asyncio")
 logger = logging.getLogger(__name__)
+
+PATIENCE = 50  # tenths of a second for threads that write to fail too
 
 
 class Checkpoints:
@@ -57,10 +61,11 @@ class Checkpoints:
             max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
         )
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (
-                locks.hold(self.folder, "folder (out)") if jax.process_index() == 0 else None
-            )
+            with together.leaving():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if jax.process_index() == 0:
+                    self._lock = locks.hold(self.folder, "folder (out)")
+                together.ready()  # the manager waits for all of them
             self._manager = ocp.CheckpointManager(
                 self.folder, options=options, item_names=("state", "record")
             )
@@ -82,10 +87,19 @@ class Checkpoints:
         finally:
             with contextlib.suppress(OSError, ValueError, RuntimeError):  # which were told
                 self._manager.close()
-            if jax.process_index() == 0:  # what could not be written takes room
-                for half in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(half, ignore_errors=True)
+            if jax.process_index() == 0:
+                self._remove_halves()
             self._let_go()
+
+    def _remove_halves(self) -> None:
+        """What could not be written takes room; threads that have not failed yet may add to it."""
+        for _ in range(PATIENCE):
+            halves = [*self.folder.glob("*.orbax-checkpoint-tmp*")]
+            for half in halves:
+                shutil.rmtree(half, ignore_errors=True)
+            if not halves:
+                return
+            time.sleep(0.1)
 
     def _let_go(self) -> None:
         if self._lock is not None:
@@ -142,7 +156,7 @@ class Checkpoints:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
                 return reader.restore(folder, args=ocp.args.Composite(**{item: args}))[item]
         except Exception as error:  # there is no telling which, of a damaged file
-            if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+            if isinstance(error, MemoryError) or memory_is_full(error):
                 raise  # else one would be told to remove what is whole
             raise UserError(f"cannot read {folder}: {self._why(step, error)}") from None
 
@@ -154,6 +168,8 @@ class Checkpoints:
         number = code(error)
         if number not in (None, errno.ENOENT):
             return os.strerror(number)
+        if jax.process_count() > 1:  # it may be whole, and the network or another process at fault
+            return _reason(error)
         before = self._last(below=step)
         rest = "to begin anew" if before is None else f"to go on from step {before}"
         return f"a file in it is damaged or missing; remove it {rest}"
@@ -175,6 +191,11 @@ def code(error: Exception) -> int | None:
         return error.errno
     found = re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error))
     return int(found[1] or found[2]) if found else None
+
+
+def memory_is_full(error: Exception) -> bool:
+    """Whether it was the memory of a device, or a host, that did not suffice."""
+    return "out of memory" in str(error).lower()
 
 
 def _reason(error: Exception) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-LAST = ("learning_rate",)  # the last value stands for an interval, not the mean
+LAST = ("learning_rate", "skipped")  # the last value stands for an interval, not the mean
 
 
 class Means:

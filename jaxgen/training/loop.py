@@ -1,34 +1,30 @@
 """The one loop: every task, from its first step or from where it was stopped."""
 
 import dataclasses
-import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from jaxgen import flops, generate, sharding, trees
-from jaxgen.data.images import grid
 from jaxgen.data.pipeline import Loader
-from jaxgen.denoiser import Model
 from jaxgen.load import PARTS, read_params
-from jaxgen.training import metrics, optim, result, setup, signals
-from jaxgen.training.checkpoint import Checkpoints
+from jaxgen.training import metrics, optim, result, samples, setup, signals, together
+from jaxgen.training.checkpoint import Checkpoints, memory_is_full
 from jaxgen.training.recipe import Train, fields
-from jaxgen.training.setup import begin, compiled_once
+from jaxgen.training.setup import compiled_once
 from jaxgen.types import Params, UserError
-
-logger = logging.getLogger(__name__)
 
 
 def train(recipe: Train, progress: bool = True) -> Path | None:
     """Trains, or goes on with, what a recipe describes.
 
-    Every process of a cluster calls this with the same recipe. Where one of them fails alone, it
-    says so, and the runtime ends them all once it misses it, after minutes.
+    Every process of a cluster calls this with the same recipe. Where one of them fails alone, all
+    of them say so and end.
 
     Returns:
         The model folder; None if a signal (SIGTERM, Ctrl-C) stopped the run, which is saved.
@@ -38,19 +34,20 @@ def train(recipe: Train, progress: bool = True) -> Path | None:
             fail on the way, once the run is saved; for a full disk or device; and if the run
             diverges. The last checkpoint that was saved whole stays.
     """
-    if finished(recipe):
-        return recipe.out / "model"
     try:
-        run = Run(recipe)
-        with run.loader(), run.checkpoints, run.log(progress) as log, signals.caught() as stopped:
-            return run.finish() if run.learn(log, stopped) else None
+        with signals.caught() as stopped:
+            if finished(recipe):
+                return recipe.out / "model"
+            run = Run(recipe)
+            with run.loader(), run.checkpoints, run.log(progress) as log, together.leaving():
+                return run.finish() if run.learn(log, stopped) else None
     except metrics.Diverged as error:
         what = f"{error.name} is {error.value} at step {error.step}"
         advice = "a lower learning_rate or a longer warmup may help, in another folder (out)"
     except OSError as error:  # a full disk, most often
         what, advice = f"{recipe.out}: {error}", "once that is mended, the same command goes on"
     except jax.errors.JaxRuntimeError as error:
-        if "out of memory" not in str(error).lower():
+        if not memory_is_full(error):
             raise
         what = "the devices have too little memory"
         advice = "a lower batch_size, or a higher accumulate or mesh.fsdp needs less"
@@ -65,12 +62,16 @@ def _checkpoints(recipe: Train) -> Checkpoints:
     return Checkpoints(recipe.out / "checkpoints", recipe.keep)
 
 
+@together.leaving()
 def finished(recipe: Train) -> bool:
     """Whether nothing is left to do: the last step's model is there, whole."""
     checkpoints = _checkpoints(recipe)
+    at_the_end = checkpoints.latest == recipe.steps
+    done = at_the_end and result.step_of(recipe.out / "model") == recipe.steps
+    setup.check_one_view(recipe, checkpoints, done)
     past = setup.past(recipe, checkpoints)
-    at_the_end = past is not None and checkpoints.latest == recipe.steps
-    return at_the_end and result.step_of(recipe.out / "model") == recipe.steps
+    together.ready()
+    return past is not None and done
 
 
 class Run:
@@ -82,42 +83,56 @@ class Run:
     state, and nothing is written.
     """
 
+    @together.leaving()
     def __init__(self, recipe: Train) -> None:
         self.recipe, self.record = recipe, fields(recipe)
         self.model_folder = recipe.out / "model"
         self.checkpoints = _checkpoints(recipe)
         self.past = setup.past(recipe, self.checkpoints)
         self.first = self.checkpoints.latest or 0
-        self.mesh = sharding.training_mesh(**dataclasses.asdict(recipe.mesh))
-        share = setup.share(recipe, self.mesh)
+        self.mesh = sharding.training_mesh(*recipe.mesh.sizes)
+        rows = setup.rows(recipe, self.mesh)
         result.check_place(self.model_folder, goes_on=self.past is not None)
-        self.task, tensors = setup.open_task(recipe)
-        self.data = self._open_data(share)
+        self.task, self.tensors = setup.open_task(recipe)
+        self.data = self._open_data(rows)
         try:
             self.batch = self._next_batch()
-            given = read_params(tensors, "f32", sharding.layout(self.mesh))
-            params = self.task.init(jax.random.key(recipe.seed), given)
-            self.state, self.frozen, self.transform = begin(recipe, self.task, params, self.mesh)
-            if self.past:
-                like = jax.tree.map(_shape, self.state)
-                self.state = self.checkpoints.restore(self.first, like)
+            self._begin()
             self.step = compiled_once(recipe, self.task, self.transform, self.state, self.mesh)
         except BaseException:
             self.data.close()
             raise
 
-    def _open_data(self, share: tuple[int, int]) -> Loader:
+    def _begin(self) -> None:
+        """The state, restored or the first one, and what is frozen."""
+
+        def initial() -> Params:
+            layout = sharding.layout(self.mesh, self.recipe.mesh.specs)
+            given = read_params(self.tensors, "f32", layout)
+            params = self.task.init(jax.random.key(self.recipe.seed), given)
+            together.ready()
+            return params
+
+        if self.past is None:
+            found = setup.begin(self.recipe, self.task, initial(), self.mesh)
+        else:
+            restore = partial(self.checkpoints.restore, self.first)
+            found = setup.resume(self.recipe, self.task, initial, self.mesh, restore)
+        self.state, self.frozen, self.transform = found
+
+    def _open_data(self, rows: list[int]) -> Loader:
         """The data, from the step on that comes next; a finished run sees its last batch again."""
         recipe = self.recipe
-        columns = tuple(dict.fromkeys((*recipe.data.columns, *self.task.columns)))
         data = Loader(
-            dataclasses.replace(recipe.data, columns=columns),
+            setup.data_of(recipe, self.task),
             self.task.example,
             recipe.batch_size,
             recipe.seed,
             min(self.first, recipe.steps - 1),
-            *share,
+            rows,
+            self.past.get("skipped") if self.past else None,
         )
+        setup.check_one_order(data.fingerprint())
         if self.past:
             setup.check_same_data(data.fingerprint(), self.past, self.checkpoints.folder)
         return data
@@ -130,6 +145,7 @@ class Run:
         finally:
             self.data.close()
 
+    @together.leaving()
     def log(self, progress: bool) -> metrics.Log:
         """Opens the metrics, and removes what a killed run left half-written."""
         recipe = self.recipe
@@ -137,6 +153,7 @@ class Run:
             result.discard(self.model_folder)
         with jax.set_mesh(self.mesh):
             work = flops.count(self.step, self.state, self.frozen, self.batch)  # traces it for good
+            needed = self._without_remat() if recipe.remat else work
             self.step.lower(self.state, self.frozen, self.batch).compile()
         generate.trim()  # what the compiler has freed, before the first step needs it
         return metrics.Log(
@@ -145,6 +162,7 @@ class Run:
             self.first,
             recipe.batch_size,
             work,
+            needed,
             jax.devices(),
             progress=progress,
             writes=jax.process_index() == 0,
@@ -152,12 +170,22 @@ class Run:
             resumed=self.past and self.past["log"],
         )
 
+    def _without_remat(self) -> int:
+        """Operations that the model needs: what blocks compute again is not among them."""
+        recipe = dataclasses.replace(self.recipe, remat=False)
+        task, _ = setup.open_task(recipe)
+        step = compiled_once(recipe, task, self.transform, self.state, self.mesh)
+        return flops.count(step, self.state, self.frozen, self.batch)
+
     def _next_batch(self) -> dict[str, jax.Array]:
         self.rows = next(self.data)
         return sharding.place_batch(self.rows, self.mesh)
 
     def learn(self, log: metrics.Log, stopped: threading.Event) -> bool:
         """Step by step to the end, which is saved like every stop; False if a signal stopped it."""
+        together.ready()
+        if stopped.is_set():  # while all was made ready: nothing is new
+            return False
         recipe, first = self.recipe, self.recipe.profile[0]
         rate = optim.rate(recipe.optimizer, recipe.steps)
         profiler = metrics.Profiler(recipe.out, first, recipe.profile[1] - first + bool(first))
@@ -165,8 +193,12 @@ class Run:
             profiler.before(done, self.state.step)
             with jax.set_mesh(self.mesh):
                 self.state, values = self.step(self.state, self.frozen, self.batch)
+            self.skipped = self.data.bad  # up to this step: the next batch is not of it
+            values |= {"learning_rate": rate(done - 1)}
+            values |= {"skipped": self.skipped} if self.skipped else {}
             failed = self._prepare_next(done)  # while the device works
-            log.add(done, values | {"learning_rate": rate(done - 1)})
+            log.add(done, values)
+            failed = together.meet(failed)
 
             ends = done == recipe.steps
             stops = failed or stopped.is_set() or self.checkpoints.stops(done)
@@ -183,19 +215,15 @@ class Run:
             done = recipe.steps
         profiler.stop(self.state.step)
         self.checkpoints.wait()
+        together.ready()
         return done == recipe.steps
 
     def _prepare_next(self, done: int) -> UserError | None:
-        """Reads the batch of the next step. What is wrong with the data is returned.
-
-        So that a run is saved first. Of several processes only one may know: that one raises.
-        """
+        """Reads the batch of the next step; what is wrong is returned, as a run is saved first."""
         try:
             if done < self.recipe.steps:
                 self.batch = self._next_batch()
         except UserError as error:
-            if jax.process_count() > 1:
-                raise
             return error
         return None
 
@@ -203,12 +231,18 @@ class Run:
         """A checkpoint, once all losses up to this step are seen to be finite."""
         with log.paused():
             record = {"recipe": self.record, "data": self.data.fingerprint(), "log": log.state()}
-            self.checkpoints.save(step, self.state, record)
+            self.checkpoints.save(step, self.state, {**record, "skipped": self.skipped})
+            together.ready()
 
     def parameters(self) -> Params:
-        """What is sampled and saved: averages where there are some, on the host."""
+        """What is sampled and saved: averages where there are some, on the first host alone."""
         learned = self.state.averaged or self.state.learned
-        return sharding.to_host(trees.combine(learned, self.frozen))
+
+        def one(path: str, x: jax.Array) -> np.ndarray | None:
+            whole = sharding.to_host(x)  # which all must call
+            return whole if jax.process_index() == 0 else None
+
+        return trees.map_with_path(one, trees.combine(learned, self.frozen))
 
     def sample(self, log: metrics.Log, step: int) -> None:
         """A grid of the recipe's prompts; one process makes it."""
@@ -217,36 +251,19 @@ class Run:
         with log.paused():
             params = self.parameters()
             if jax.process_index() == 0:
-                try:
-                    pictures = _pictures(self.task.model, params, self.recipe)
-                except UserError as error:  # no reason to stop
-                    logger.warning("no samples of step %d: %s", step, error)
-                else:
-                    log.images(step, "samples", grid(pictures))
+                samples.show(log, step, self.task.model, params, self.recipe)
 
     def finish(self) -> Path:
         """The model folder."""
         params = self.parameters()
         if jax.process_index() == 0:
-            model = self.task.finished(self.task.model, params, self.rows)
-            parts = {name: params[name] for name in (*PARTS, "clip") if name in params}
+            learned = trees.flatten(self.state.learned)
             try:
+                params = setup.as_read(self.recipe, self.task, self.tensors, learned, params)
+                model = self.task.finished(self.task.model, params, self.rows, learned)
+                parts = {name: params[name] for name in (*PARTS, "clip") if name in params}
                 result.write(model, parts, self.model_folder, self.recipe.steps)
             except UserError as error:
                 raise UserError(f"{error}; {self.checkpoints.kept()}") from None
+        together.ready()
         return self.model_folder
-
-
-def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _pictures(model: Model, params: Params, recipe: Train) -> np.ndarray:
-    """uint8 [N, H, W, 3], a picture for each prompt, on this process' first device."""
-    return generate.sample(
-        model,
-        jax.device_put(params, jax.local_devices()[0]),
-        list(recipe.samples.prompts),
-        mesh=sharding.local_mesh(),
-        **setup.sampling(recipe),
-    )

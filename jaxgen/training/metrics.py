@@ -49,6 +49,7 @@ class Log:
         first: int,
         batch_size: int,
         flops: int,
+        needed: int,
         devices: Sequence[Any],
         tensorboard: bool = True,
         progress: bool = True,
@@ -61,7 +62,8 @@ class Log:
         Args:
             total: steps of the whole run; first: those made before, 0 for a new run.
             batch_size: images of a step, over all devices.
-            flops: operations of a step, over all devices.
+            flops: operations of a step, over all devices; needed: without those that
+                rematerialisation makes a second time, for the share of the devices' peak (`mfu`).
             devices: all that take part.
             resumed: `state()` as it was at step `first`.
 
@@ -69,7 +71,8 @@ class Log:
             UserError: if nothing can be written to the folder.
         """
         self.folder, self.total, self.every = folder, total, every
-        self.batch_size, self.flops, self.writes = batch_size, flops, writes
+        self.batch_size, self.writes = batch_size, writes
+        self.flops, self.needed = flops, needed
         peaks = [operations.peak(device) for device in devices]
         self.peak = sum(p for p in peaks if p) if all(peaks) else None
         self._pending: tuple[int, dict[str, Any]] | None = None
@@ -180,7 +183,7 @@ class Log:
         pace, self._steps = self._steps / max(self._clock - start, 1e-9), 0
         times = {"images_per_second": pace * self.batch_size, "flops_per_second": pace * self.flops}
         if self.peak:
-            times["mfu"] = times["flops_per_second"] / self.peak
+            times["mfu"] = pace * self.needed / self.peak
         return times
 
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxgen import sharding
 from jaxgen.data.pipeline import Images
 from jaxgen.tasks.autoencoder import Autoencoder
 from jaxgen.tasks.contrastive import Contrastive
 from jaxgen.tasks.denoising import Editing, Inpainting, TextToImage
+from jaxgen.training import patterns
 from jaxgen.training.ema import EMA
 from jaxgen.training.optim import Adafactor, AdamW, Lion
 from jaxgen.types import UserError
@@ -29,6 +31,30 @@ class Mesh:
     """Shares into which parameters, moments and averages are split; each takes a share, too."""
     tensor: int = 1
     """Shares into which each product is split."""
+    rules: tuple[tuple[str, str], ...] = ()
+    """Pattern of paths, and what splits each dimension there ("kernel$" ". . fsdp tensor"; a dot,
+    nothing; the first that fits decides), where shares are not to be as they are by default."""
+
+    def __post_init__(self) -> None:
+        pairs = isinstance(self.rules, tuple) and all(
+            isinstance(rule, tuple) and [*map(type, rule)] == [str, str] for rule in self.rules
+        )
+        if not pairs:
+            raise UserError(
+                f"rules = {self.rules!r} is not of pairs, as in (('kernel$', '. . fsdp tensor'),)"
+            )
+        patterns.check_written("rules", tuple(pattern for pattern, _ in self.rules))
+        _ = self.specs
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Of the axes, in the order of `sharding.AXES`."""
+        return self.data, self.fsdp, self.tensor
+
+    @property
+    def specs(self) -> sharding.Rules:
+        """The rules, read."""
+        return tuple((pattern, sharding.spec(axes)) for pattern, axes in self.rules)
 
 
 @dataclass(frozen=True)
@@ -108,10 +134,11 @@ class Train:
 
 
 # What may differ from the run that is gone on with: it changes nothing that was learned. Of `steps`
-# a schedule may depend that has an end; it then goes on as if it had always been as long.
+# a schedule may depend that has an end; it then goes on as if it had always been as long. Data may
+# be moved: what they are, their fingerprint tells.
 FREE = (
     "steps accumulate remat mesh out save_every keep log_every samples profile "
-    "data.workers data.threads data.bad_share"
+    "data.source data.workers data.threads data.bad_share"
 ).split()
 
 

@@ -3,21 +3,23 @@
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgen import request, sharding, trees, zoo
+from jaxgen.data.pipeline import Images
 from jaxgen.denoiser import Model
 from jaxgen.load import DTYPES, PARTS, open_model
 from jaxgen.request import Request
 from jaxgen.tasks.base import Task, check_caches
 from jaxgen.tasks.contrastive import Contrastive
-from jaxgen.training import optim
+from jaxgen.training import optim, patterns, together
 from jaxgen.training import step as steps
 from jaxgen.training.checkpoint import Checkpoints
 from jaxgen.training.recipe import Train, differences, fields
@@ -51,8 +53,8 @@ def past(recipe: Train, checkpoints: Checkpoints) -> dict[str, Any] | None:
     return record
 
 
-def share(recipe: Train, mesh: Mesh) -> tuple[int, int]:
-    """Which part of a batch this process reads. UserError if the mesh does not divide the batch."""
+def rows(recipe: Train, mesh: Mesh) -> list[int]:
+    """The rows of a batch that this process reads. UserError if the mesh does not divide it."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if recipe.batch_size % (ways * recipe.accumulate):
         parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
@@ -60,7 +62,7 @@ def share(recipe: Train, mesh: Mesh) -> tuple[int, int]:
             f"batch_size {recipe.batch_size}{parts} is not divisible by the {ways} devices that "
             f"share it (mesh: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
         )
-    return sharding.batch_share(mesh)
+    return sharding.batch_rows(mesh, recipe.batch_size)
 
 
 def open_task(recipe: Train) -> tuple[Task, dict[str, Tensors]]:
@@ -71,13 +73,14 @@ def open_task(recipe: Train) -> tuple[Task, dict[str, Tensors]]:
             that do not fit it.
     """
     wanted = recipe.task
-    model, tensors = open_model(wanted.model, prediction=getattr(wanted, "prediction", None))
+    prediction = getattr(wanted, "prediction", None)
+    model, tensors = open_model(wanted.model, prediction=prediction, seed=recipe.seed)
     for part in wanted.fresh:
         if part not in PARTS:
             raise UserError(f"task.fresh: {part!r} is not one of {', '.join(PARTS)}")
-        tensors[part] = zoo.fresh(getattr(model, part), part)
-    model = replace(model, unet=replace(model.unet, remat=recipe.remat))
-    task = wanted.build(model)
+        tensors[part] = zoo.fresh(getattr(model, part), part, recipe.seed)
+    networks = {part: replace(getattr(model, part), remat=recipe.remat) for part in PARTS}
+    task = wanted.build(replace(model, **networks))
     check_learns(recipe, task, tensors)
     check_size(recipe, task.model)
     check_samples(recipe, task.model)
@@ -98,6 +101,10 @@ def check_learns(recipe: Train, task: Task, tensors: Mapping[str, Tensors]) -> N
             close = difflib.get_close_matches(pattern, tops, 1)
             hint = f"perhaps {close[0]}?" if close else f"paths begin with {', '.join(tops)}"
             raise UserError(f"task.learn: {pattern!r} fits no parameter; {hint}")
+    left = paths
+    for pattern, _ in recipe.mesh.rules:
+        patterns.check_reach("mesh.rules", pattern, left)
+        left = [path for path in left if not patterns.fits(pattern, path)]
     learns = [path for path in paths if task.learns(path)]
     optim.check(recipe.optimizer, learns)
     if all(optim.frozen(recipe.optimizer, path) for path in learns):
@@ -147,6 +154,40 @@ def sampling(recipe: Train) -> dict[str, Any]:
     }
 
 
+def data_of(recipe: Train, task: Task) -> Images:
+    """The recipe's data, with what the task asks of them."""
+    data, columns = recipe.data, dict.fromkeys((*recipe.data.columns, *task.columns))
+    dropout = task.dropout if data.caption_dropout is None else data.caption_dropout
+    return replace(data, columns=tuple(columns), caption_dropout=dropout)
+
+
+def check_one_order(found: dict[str, Any]) -> None:
+    """UserError, on every process, unless all of them read the same data in the same order.
+
+    All of them must call it.
+    """
+    if other := together.other(found):
+        raise UserError(
+            f"processes 0 and {other} find different data: name a folder that all of them share, "
+            "and look for files that one of them cannot read"
+        )
+
+
+def check_one_view(recipe: Train, checkpoints: Checkpoints, done: bool) -> None:
+    """UserError, on every process, unless all of them do the same, and go on from the same step.
+
+    All of them must call it. A folder may have another name for each of them.
+    """
+    same = {k: v for k, v in fields(recipe).items() if k != "out" and not k.startswith("data.")}
+    if other := together.other(same):
+        raise UserError(f"processes 0 and {other} are given different configs or options")
+    if other := together.other([checkpoints.latest, done]):
+        raise UserError(
+            f"processes 0 and {other} find different checkpoints or models, here that of step "
+            f"{checkpoints.latest} in {checkpoints.folder}: name a folder that all share (out)"
+        )
+
+
 def check_same_data(found: dict[str, Any], record: dict[str, Any], folder: Any) -> None:
     """UserError unless the data are those that a checkpoint's run saw."""
     different = _changes(record["data"], json.loads(json.dumps(found)))
@@ -174,15 +215,44 @@ def _changes(then: Any, now: Any, name: str = "") -> list[str]:
 
 def begin(recipe: Train, task: Task, params: Params, mesh: Mesh) -> tuple[State, Params, Any]:
     """The first state, what is frozen, and the optimizer; every array where it belongs."""
-    layout = sharding.layout(mesh)
-    whole = NamedSharding(mesh, PartitionSpec())
+    learned, frozen = _placed(recipe, task, params, mesh)
+    like, start, transform = _plan(recipe, learned, mesh)
+    where = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(start, out_shardings=where)(learned), frozen, transform
+
+
+def resume(
+    recipe: Train,
+    task: Task,
+    initial: Callable[[], Params],
+    mesh: Mesh,
+    restore: Callable[[State], State],
+) -> tuple[State, Params, Any]:
+    """As `begin`, but the state is what `restore` makes of its shapes.
+
+    What learned is let go of first: nothing is held twice.
+    """
+    learned, frozen = _placed(recipe, task, initial(), mesh)
+    like, _, transform = _plan(recipe, learned, mesh)
+    del learned
+    return restore(like), frozen, transform
+
+
+def _placed(recipe: Train, task: Task, params: Params, mesh: Mesh) -> tuple[Params, Params]:
+    """What learns, and what is frozen, in the dtype of products."""
+    layout = sharding.layout(mesh, recipe.mesh.specs)
     learns = lambda path: task.learns(path) and not optim.frozen(recipe.optimizer, path)  # noqa: E731
     learned, frozen = trees.split(params, learns)
     place = lambda path, x: jax.device_put(x, layout(path, x.shape))  # noqa: E731
     learned = trees.map_with_path(place, learned)
     dtype = DTYPES[recipe.dtype]
-    frozen = trees.map_with_path(lambda path, x: place(path, x.astype(dtype)), frozen)
+    return learned, trees.map_with_path(lambda path, x: place(path, x.astype(dtype)), frozen)
 
+
+def _plan(recipe: Train, learned: Params, mesh: Mesh) -> tuple[State, Callable, Any]:
+    """The state as shapes with shardings, what makes the first one, and the optimizer."""
+    layout = sharding.layout(mesh, recipe.mesh.specs)
+    whole = NamedSharding(mesh, PartitionSpec())
     transform = optim.build(recipe.optimizer, learned, recipe.steps)
     start = partial(steps.start, optimizer=transform, average=recipe.ema)
     shapes = jax.eval_shape(start, learned)
@@ -193,7 +263,34 @@ def begin(recipe: Train, task: Task, params: Params, mesh: Mesh) -> tuple[State,
         optim.shardings(shapes.optimizer, learned, layout, whole),
         kept if recipe.ema else {},
     )
-    return jax.jit(start, out_shardings=where)(learned), frozen, transform
+    placed = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(placed, shapes, where), start, transform
+
+
+def as_read(
+    recipe: Train,
+    task: Task,
+    tensors: Mapping[str, Tensors],
+    learned: Mapping[str, Any],
+    params: Params,
+) -> Params:
+    """The parameters, on the host, with what did not learn as the run read it, in float32.
+
+    The networks had it in the recipe's dtype, which may hold less. `learned` is by path.
+    """
+    if recipe.dtype == "f32":
+        return params
+    given = {
+        f"{part}/{path}": np.broadcast_to(np.float32(0), tensor.shape)  # which takes no memory
+        if f"{part}/{path}" in learned
+        else tensor.numpy().astype(np.float32)
+        for part, of in tensors.items()
+        for path, tensor in of.items()
+    }
+    first = task.init(jax.random.key(recipe.seed), trees.unflatten(given))
+    kept, _ = trees.split(params, learned.__contains__)
+    _, untouched = trees.split(first, learned.__contains__)
+    return trees.combine(kept, untouched)
 
 
 def compiled_once(recipe: Train, task: Task, transform: Any, state: State, mesh: Mesh) -> Any:
@@ -201,8 +298,9 @@ def compiled_once(recipe: Train, task: Task, transform: Any, state: State, mesh:
 
     To be called within `jax.set_mesh(mesh)`.
     """
+    dtype, rules = DTYPES[recipe.dtype], recipe.mesh.specs
     step = steps.make(
-        task, transform, recipe.ema, recipe.seed, DTYPES[recipe.dtype], recipe.accumulate, mesh
+        task, transform, recipe.ema, recipe.seed, dtype, recipe.accumulate, mesh, rules
     )
     where = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(where, None))

@@ -11,7 +11,10 @@ import jax
 
 @contextmanager
 def caught() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets; a second Ctrl-C stops at once."""
+    """An event that SIGTERM, Ctrl-C or the end of a terminal (SIGHUP) sets.
+
+    A second Ctrl-C stops at once. Under nohup the terminal may end.
+    """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
@@ -25,7 +28,11 @@ def caught() -> Iterator[threading.Event]:
         else:
             stopped.set()
 
-    numbers = [signal.SIGINT, signal.SIGTERM][: 2 if jax.process_count() == 1 else 1]
+    numbers = [signal.SIGINT]
+    if jax.process_count() == 1:
+        numbers.append(signal.SIGTERM)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield stopped

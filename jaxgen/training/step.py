@@ -41,6 +41,7 @@ def make(
     dtype: jnp.dtype,
     accumulate: int = 1,
     mesh: Mesh | None = None,
+    rules: sharding.Rules = (),
 ) -> Step:
     """The step (state, frozen parameters, batch) -> (state, metrics), to be jitted.
 
@@ -51,13 +52,10 @@ def make(
     def loss(learned: Params, frozen: Params, batch: Batch, key: Array) -> tuple[Array, Metrics]:
         params = trees.combine(cast(learned, dtype), frozen)
         if mesh is not None:
-            params = sharding.gather(mesh, params)
+            params = sharding.gather(mesh, params, rules)
         return task.loss(params, batch, key)
 
-    kept = loss
-    if mesh is not None and mesh.shape["fsdp"] > 1 and jax.default_backend() != "cpu":
-        kept = jax.checkpoint(loss, policy=sharding.gather_again)
-    gradient = jax.value_and_grad(kept, has_aux=True)
+    gradient = jax.value_and_grad(loss, has_aux=True)
 
     def step(state: State, frozen: Params, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)

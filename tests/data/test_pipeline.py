@@ -3,18 +3,21 @@ import dataclasses
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import grain
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxgen.data import order, pipeline
+from jaxgen.data import examples, order, pipeline, tally
 from jaxgen.data.examples import BadExample
 from jaxgen.data.pipeline import Images, Loader
 from jaxgen.data.sources import write_records
@@ -114,12 +117,13 @@ def test_processes_share_one_order(shapes, processes, buckets):
     data = settings(shapes, size=64, bucket_step=16, buckets=buckets, crop="random", flip=True)
     whole = take(6, data, 8, finish=picture)
     parts = [
-        take(6, data, 8, finish=picture, process=p, processes=processes) for p in range(processes)
+        take(6, data, 8, finish=picture, rows=range(p, 8, processes)) for p in range(processes)
     ]
     joined = [
-        {name: np.concatenate([part[n][name] for part in parts]) for name in whole[n]}
+        {name: np.stack([part[n][name] for part in parts], 1) for name in whole[n]}
         for n in range(6)
     ]
+    joined = [{k: v.reshape(-1, *v.shape[2:]) for k, v in batch.items()} for batch in joined]
     assert_same(joined, whole)
 
 
@@ -152,11 +156,11 @@ def test_a_far_batch_is_found_at_once(photos):
 
 
 def test_places_number_the_rows_of_all_processes(photos):
-    for process in range(2):
-        batches = take(3, settings(photos), 6, start=5, process=process, processes=2)
+    for rows in ([0, 1, 2], [3, 4, 5], [0, 2, 5]):
+        batches = take(3, settings(photos), 6, start=5, rows=rows)
         for n, batch in enumerate(batches, 5):
             assert batch["place"].dtype == np.uint32
-            assert batch["place"].tolist() == [6 * n + 3 * process + row for row in range(3)]
+            assert batch["place"].tolist() == [6 * n + row for row in rows]
 
 
 def test_each_example_has_noise_of_its_own(photos):
@@ -179,6 +183,31 @@ def test_sources_are_mixed_in_shares_of_their_weights(tmp_path):
         for i in range(0, len(own) - length, length):
             assert sorted(own[i : i + length]) == list(range(length))
     assert numbers(take(2, data, start=50)) == seen[200:208]
+
+
+@pytest.mark.parametrize(
+    "weights", [(3.0, 1.0), (0.7, 0.3), (1, 1.004), (1, 2, 4), (0.15, 1.0, 0.333), (1e-9, 1.0)]
+)
+def test_the_shares_of_a_mixture_are_those_of_its_weights(weights):
+    turn = order.turns(weights)
+    for first in (0, 10**15):
+        given = collections.Counter(turn(k)[0] for k in range(first, first + 3000))
+        for source, weight in enumerate(weights):
+            assert abs(given[source] - 3000 * weight / sum(weights)) <= 2
+    far = [turn(k) for k in range(10**12, 10**12 + 40)]
+    for source, weight in enumerate(weights):  # no drift, and no turn is left out or given twice
+        mine = [t for s, t in far if s == source]
+        assert mine == list(range(mine[0], mine[0] + len(mine))) if mine else True
+        assert all(abs(t - 10**12 * weight / sum(weights)) < 50 for t in mine)
+
+
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (1, 2, 4), (5, 1, 1, 3)])
+def test_mixtures_keep_the_order_that_grain_gives_them(weights):
+    parts = [
+        grain.MapDataset.range(1 << 40).map(lambda t, s=s: (s, t)) for s in range(len(weights))
+    ]
+    theirs, turn = grain.MapDataset.mix(parts, list(weights)), order.turns(weights)
+    assert all(turn(k) == theirs[k] for k in (*range(200), *range(10**9, 10**9 + 200)))
 
 
 def test_equal_sources_are_not_in_step(tmp_path):
@@ -239,6 +268,74 @@ def test_workers_do_not_outlive_the_process_they_serve(photos, tmp_path):
     assert (done.stdout, done.returncode) == ("began\n", -signal.SIGKILL)
 
 
+SIGNALLED = """
+import os, signal, sys, time
+from jaxgen.data.pipeline import Images, Loader
+from tests.data.test_pipeline import number
+if __name__ == "__main__":
+    loader = Loader(Images(sys.argv[1], size=32, workers=2, threads=1), number, 4, 0)
+    next(loader)
+    signal.signal(signal.SIGTERM, lambda *_: print("caught", flush=True))
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(0.5)
+    for _ in range(20):
+        next(loader)
+    loader.close()
+    print("read on", flush=True)
+"""
+
+
+def test_a_signal_to_all_processes_of_a_job_leaves_its_workers_alive(photos, tmp_path):
+    script = tmp_path / "signalled.py"
+    script.write_text(SIGNALLED)
+    done = subprocess.run(
+        [sys.executable, str(script), photos],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+    )
+    assert (done.stdout, done.returncode) == ("caught\nread on\n", 0), done.stderr
+
+
+def test_a_worker_that_dies_is_told_of_in_one_line(photos):
+    loader = Loader(settings(photos, workers=1), number, 4, 0)
+    next(loader)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(UserError, match=r"a process that reads data was ended from outside"):
+        collections.deque(itertools.islice(loader, 100), maxlen=0)
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_the_pieces_that_batches_are_read_in_change_nothing(shapes, monkeypatch, buckets):
+    data = settings(shapes, size=64, bucket_step=16, buckets=buckets, crop="random")
+    whole = take(5, data, 8, finish=picture, start=3)
+    for size in (1, 3):
+        monkeypatch.setattr(pipeline, "PIECE", size)
+        assert_same(take(5, data, 8, finish=picture, start=3), whole)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_no_more_is_read_ahead_than_a_batch_and_a_piece_for_each_thread(photos, threads):
+    read, before = [], -1
+
+    def counted(example, rng):
+        read.append(example["n"])
+        return number(example, rng)
+
+    loader = Loader(settings(photos, threads=threads), counted, 64, 0)
+    next(loader)
+    while before != len(read):
+        before = len(read)
+        time.sleep(0.2)
+    loader.close()
+    assert 2 * 64 <= len(read) <= 2 * 64 + (threads + 1) * pipeline.PIECE
+
+
 def test_replacements_are_one_order_however_it_is_shared(tmp_path):
     ref = write_folder(tmp_path / "f", 20)
     spoil(tmp_path / "f", *(f"{i:03d}.png" for i in range(5, 14)))
@@ -246,9 +343,8 @@ def test_replacements_are_one_order_however_it_is_shared(tmp_path):
     whole = take(10, data)
     assert set(numbers(whole)) == set(range(20)) - set(range(5, 14))
     for process in range(2):
-        part = take(3, data, start=4, process=process, processes=2)
-        for actual, expected in zip(part, whole[4:7]):
-            mine = slice(2 * process, 2 * process + 2)
+        mine = [2 * process, 2 * process + 1]
+        for actual, expected in zip(take(3, data, start=4, rows=mine), whole[4:7]):
             np.testing.assert_array_equal(actual["n"], expected["n"][mine])
             np.testing.assert_array_equal(actual["noise"], expected["noise"][mine])
 
@@ -286,7 +382,7 @@ def test_more_than_the_set_share_of_bad_pictures_stops_the_run(tmp_path):
     loader = Loader(settings(ref, bad_share=0.03), number, 16, 0)
     with pytest.raises(UserError, match=r"31 of \d+ examples are bad, more than bad_share 0.03"):
         collections.deque(itertools.islice(loader, 100), maxlen=0)
-    assert loader._drawn < 1000
+    assert loader._tally.seen < 1000
     with pytest.raises(StopIteration):
         next(loader)
 
@@ -394,6 +490,69 @@ def test_captions_are_dropped_after_flips_are_decided_and_at_the_set_share(tmp_p
     assert all(b["same"].all() for b in batches)
 
 
+def test_unshuffled_buckets_leave_out_others_each_epoch(photos):
+    data = settings(photos, bucket_step=16, buckets=True, shuffle=False)
+    seen = numbers(take(37, data))  # nine batches of four an epoch, and one is left over
+    assert seen == [i % 37 for i in range(148)]
+
+
+def test_a_picture_whose_header_fails_makes_other_data(tmp_path):
+    def shapes():
+        loader = Loader(settings(ref, bucket_step=16, buckets=True), number, 4, 0)
+        loader.close()
+        return loader.fingerprint()["sources"][0].pop("shapes")
+
+    ref = write_folder(tmp_path / "f", 40)
+    before = shapes()
+    assert shapes() == before
+    content = (tmp_path / "f" / "017.png").read_bytes()
+    (tmp_path / "f" / "017.png").unlink()
+    assert shapes() != before
+    (tmp_path / "f" / "017.png").write_bytes(content)
+    assert shapes() == before
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_bad_examples_are_counted_over_the_whole_of_a_resumed_run(tmp_path, buckets):
+    ref = write_folder(tmp_path / "f", 20)
+    spoil(tmp_path / "f", "002.png", "007.png")
+    data = settings(ref, bad_share=1.0, buckets=buckets, bucket_step=16)
+    loader, counts = Loader(data, number, 4, 0), []
+    for _ in range(12):
+        counts.append(loader.bad)
+        next(loader)
+    loader.close()
+    assert counts[-1] > 1
+    resumed = Loader(data, number, 4, 0, start=6, bad=counts[6])
+    for n in range(6, 12):
+        assert resumed.bad == counts[n]
+        next(resumed)
+    resumed.close()
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()], ids=str)
+def test_a_machine_that_fails_is_waited_for_and_then_stops_the_run(photos, monkeypatch, error):
+    monkeypatch.setattr(examples, "PAUSES", (0, 0))
+    left, decode = [], examples.decode
+
+    def fails(*arguments):
+        with examples.guard("photo.png"):
+            if left:
+                left.pop()
+                raise error
+        return decode(*arguments)
+
+    whole = take(3, settings(photos))
+    monkeypatch.setattr(examples, "decode", fails)
+    left[:] = [1, 1]
+    loader = Loader(settings(photos, threads=0), number, 4, 0)
+    assert_same([next(loader) for _ in range(3)], whole)
+    assert not loader.skipped
+    left[:] = [1, 1, 1]
+    with pytest.raises(UserError, match=r"^cannot read photo.png: (\[Errno 5\] Input|MemoryError)"):
+        next(loader)
+
+
 def test_records_are_a_source_of_training(tmp_path):
     write_records(tmp_path / "r", [{"image": pixels(i), "text": "", "n": i} for i in range(12)], 3)
     data = settings(f"{tmp_path}/r")
@@ -430,14 +589,10 @@ def test_settings_out_of_range_are_refused(changes, message):
         Loader(Images(**changes), number, 4, 0)
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "processes", "seed"), [(5, 2, 0), (0, 1, 0), (4, 1, -1), (4, 1, 1 << 63)]
-)
-def test_a_batch_that_does_not_divide_and_a_bad_seed_are_refused(
-    photos, batch_size, processes, seed
-):
-    with pytest.raises(UserError, match=r"does not divide|is not from 0"):
-        Loader(settings(photos), number, batch_size, seed, processes=processes)
+@pytest.mark.parametrize(("batch_size", "seed"), [(0, 0), (4, -1), (4, 1 << 63)])
+def test_an_empty_batch_and_a_bad_seed_are_refused(photos, batch_size, seed):
+    with pytest.raises(UserError, match=r"is not a whole number from 1|is not from 0"):
+        Loader(settings(photos), number, batch_size, seed)
 
 
 def test_missing_grain_is_said_in_one_line(photos, monkeypatch):
@@ -447,11 +602,11 @@ def test_missing_grain_is_said_in_one_line(photos, monkeypatch):
 
 
 def test_the_log_names_at_most_so_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "MOST_NAMED", 2)
+    monkeypatch.setattr(tally, "MOST_NAMED", 2)
     ref = write_folder(tmp_path / "f", 12)
     spoil(tmp_path / "f", *(f"{i:03d}.png" for i in range(5)))
     loader = Loader(settings(ref, bad_share=1.0), number, 12, 0)
     next(loader)
     loader.close()
     assert len(loader.skipped) == 2
-    assert loader._bad >= 5
+    assert loader.bad >= 5

@@ -1,14 +1,17 @@
+import errno
 import io
 import json
+import os
 import pickle
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, PngImagePlugin
 
 from jaxgen.data import examples, images, records
 from jaxgen.data.sources import BadExample, open_source, write_records
@@ -174,6 +177,50 @@ def test_pictures_are_read_as_sampling_reads_them(tmp_path):
         assert source.size(i) == expected.shape[1::-1]
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_sizes_are_read_without_decoding(tmp_path, monkeypatch, suffix):
+    (tmp_path / "f").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels(0, 60, 40)).save(tmp_path / "f" / f"plain.{suffix}")
+    Image.fromarray(pixels(0, 60, 40)).save(tmp_path / "f" / f"turned.{suffix}", exif=exif)
+    names = [f"plain.{suffix}", f"turned.{suffix}"]
+    write_metadata(tmp_path / "f", [{"file_name": name, "text": ""} for name in names])
+    source = open_source(str(tmp_path / "f"))
+
+    def load(self):
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    assert [source.size(i) for i in range(2)] == [(60, 40), (40, 60)]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM])
+def test_errors_of_a_machine_are_not_the_example_s(tmp_path, monkeypatch, number):
+    source = open_source(write_folder(tmp_path / "f", 1))
+
+    def broken(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(
+        examples.Unreadable, match=r"cannot read .*000\.png: .*" + os.strerror(number)
+    ):
+        source[0]
+
+
+def test_errors_of_a_file_are_the_example_s(tmp_path):
+    source = open_source(write_folder(tmp_path / "f", 3))
+    (tmp_path / "f" / "000.png").unlink()
+    (tmp_path / "f" / "001.png").unlink()
+    (tmp_path / "f" / "001.png").mkdir()
+    (tmp_path / "f" / "002.png").write_bytes((tmp_path / "f" / "002.png").read_bytes()[:90])
+    for i in range(3):
+        with pytest.raises(BadExample):
+            source[i]
+
+
 def test_large_jpegs_are_decoded_smaller_but_never_below_the_hint(tmp_path):
     (tmp_path / "f").mkdir()
     big = pixels(0, 500, 400)
@@ -226,6 +273,7 @@ def test_what_is_no_source_is_explained(tmp_path):
         f"{tmp_path}/prepared": f"write tfds:{tmp_path}/prepared:train",
         "tfds:mnist": "is not tfds:NAME",
         "x" * 5000: "cannot read xxx",
+        "gs://bucket/photos": "gs://bucket/photos: data are read as files; mount it, and name",
     }
     for ref, message in expected.items():
         with pytest.raises(UserError, match=re.escape(message)) as caught:
@@ -296,6 +344,28 @@ def test_writing_that_fails_leaves_nothing_behind(tmp_path):
     assert list((tmp_path / "r").iterdir()) == []
 
 
+def test_a_disk_that_is_full_is_told_of_in_one_line(tmp_path):
+    rows = [{"image": pixels(i, 64, 64), "text": str(i)} for i in range(200)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"^cannot write to .*/r: .*File too large$") as caught:
+            write_records(tmp_path / "r", rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "r").iterdir()) == []
+
+
+def test_a_bug_of_who_gives_the_rows_is_not_a_full_disk(tmp_path):
+    def rows():
+        yield {"image": pixels(0), "text": "x"}
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        write_records(tmp_path / "r", rows())
+
+
 def test_further_pictures_of_records_are_decoded_where_asked_for(tmp_path):
     row = {"image": png(pixels(0)), "text": "x", "mask": np.eye(48, dtype=np.uint8)}
     row |= {"hint": png(pixels(1)), "canny": png(pixels(2)), "boxes": np.zeros((1, 4))}
@@ -329,6 +399,21 @@ def test_a_damaged_record_is_bad_alone_and_a_damaged_file_is_refused(tmp_path):
         open_source(str(file))
 
 
+def test_a_damaged_first_record_is_bad_alone(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    rows = [{"image": image, "text": "x"} for image in noise]
+    write_records(tmp_path / "r", rows)
+    (file,) = (tmp_path / "r").iterdir()
+    content = bytearray(file.read_bytes())
+    at = content.index(noise[0].tobytes()[:100])
+    content[at : at + 10] = bytes(10)
+    file.write_bytes(content)
+    source = open_source(str(file))
+    with pytest.raises(BadExample):
+        source[0]
+    np.testing.assert_array_equal(source[1]["image"], noise[1])
+
+
 @pytest.mark.parametrize("image", [np.zeros(7, np.uint8), np.zeros((0, 4, 3), np.uint8)])
 def test_arrays_that_are_no_pictures_are_bad(tmp_path, image):
     write_records(tmp_path / "r", [{"image": image, "text": "x"}])
@@ -346,7 +431,7 @@ def test_records_without_pictures_are_refused_by_their_columns(tmp_path):
 
 # Runs apart from the tests: whether TensorFlow is imported shows only in a fresh process.
 TFDS = """
-import sys
+import json, sys
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -359,26 +444,34 @@ class Pets(tfds.core.GeneratorBasedBuilder):
             "mask": tfds.features.Image(shape=(None, None, 1)),
             "label": tfds.features.ClassLabel(names=["red_fox", "owl"]),
             "note": tfds.features.Text(),
+            "phrases": tfds.features.Sequence(tfds.features.Text()),
         }))
     def _split_generators(self, manager):
         return {"train": self._generate_examples()}
     def _generate_examples(self):
-        for i in range(4):
+        for i in range(5):
             image = np.full((8, 10, 3), i, np.uint8)
             mask = Image.fromarray(np.eye(8, 10, dtype=np.uint8) * 255)
-            texts = {"label": i % 2, "note": f"n{i}"}
+            texts = {"label": i % 2 if i < 4 else -1, "note": f"n{i}", "phrases": ["on the left"]}
             yield i, {"image": Image.fromarray(image), "mask": mask} | texts
 
 builder = Pets(file_format="array_record", data_dir=sys.argv[1])
 builder.download_and_prepare()
-from jaxgen.data.sources import open_source
+from jaxgen.data.sources import BadExample, open_source
 source = open_source(f"tfds:{builder.data_path}:train", columns=("mask",))
-found = {source[i]["image"][0, 0, 0]: source[i] for i in range(4)}
+found = {}
+for i in range(5):
+    try:
+        found[source[i]["image"][0, 0, 0]] = source[i]
+    except BadExample as error:
+        assert error.reason == "'label' is -1, which is no class"
+assert len(found) == 4 and found[0]["phrases"] == ["on the left"]
 assert [found[i]["caption"] for i in range(4)] == ["red fox", "owl"] * 2
 assert [found[i]["note"] for i in range(4)] == ["n0", "n1", "n2", "n3"]
 np.testing.assert_array_equal(found[0]["mask"], np.eye(8, 10, dtype=bool))
 assert found[0]["image"].shape == (8, 10, 3) and source.size(0) == (10, 8)
 noted = open_source(f"tfds:{builder.data_path}:train[:50%]", caption="note")
+assert noted.fingerprint() != source.fingerprint() == json.loads(json.dumps(source.fingerprint()))
 assert len(noted) == 2 and "mask" not in noted[0] and noted[0]["caption"][0] == "n"
 assert "tensorflow" not in sys.modules
 for ref in (f"tfds:{builder.data_path}:test", "tfds:no_such_data:train", "tfds:mnist:train"):
@@ -411,3 +504,16 @@ def test_a_fingerprint_tells_contents_apart_and_not_places(tmp_path):
     other = open_source(write_folder(tmp_path / "c", 3, more=lambda i: {"text": "else"}))
     assert first.fingerprint() == moved.fingerprint() != other.fingerprint()
     assert json.loads(json.dumps(first.fingerprint())) == first.fingerprint()
+    Image.fromarray(pixels(7)).save(tmp_path / "b" / "000.png")
+    assert open_source(moved.ref).fingerprint() != first.fingerprint()
+
+
+def test_a_fingerprint_of_records_tells_contents_apart_and_not_places(tmp_path):
+    def fingerprint(name, turn=0):
+        rows = [{"image": pixels(i + turn), "text": "x"} for i in range(40)]
+        write_records(tmp_path / name, rows)
+        return open_source(f"{tmp_path}/{name}").fingerprint()
+
+    first = fingerprint("a")
+    assert fingerprint("b") == first != fingerprint("c", 1)
+    assert json.loads(json.dumps(first)) == first

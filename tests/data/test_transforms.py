@@ -43,7 +43,8 @@ def test_a_crop_without_scaling_copies_pixels():
 def test_an_example_is_not_changed_in_place():
     example = {"image": pixels(0), "caption": "x", "boxes": [[0, 0, 1, 1]], "phrases": ["x"]}
     before = {name: np.array(value) for name, value in example.items()}
-    transforms.drop_caption(transforms.flip(crop(example, (24, 16)), rng(1)), 1, rng())
+    made = crop(example, (24, 16), columns=("boxes",))
+    transforms.drop_caption(transforms.flip(made, rng(1)), 1, rng())
     for name, value in before.items():
         np.testing.assert_array_equal(example[name], value)
 
@@ -60,7 +61,7 @@ def test_masks_labels_hints_and_boxes_follow_the_picture(random, flip, factor):
         box = np.array([[x / 90, y / 60, (x + 30) / 90, (y + 20) / 60]], np.float32)
         example = {"image": image, "hint": big, "mask": big[..., 0] > 0, "caption": "a square"}
         example |= {"segmentation": big[..., 0].astype(np.int16) * 7, "boxes": box, "n": 3}
-        columns = ("hint", "mask", "segmentation", "n")
+        columns = ("hint", "mask", "segmentation", "n", "boxes")
         made = crop(example, (48, 48), random, columns, seed)
         if flip:
             made = transforms.flip(made, rng(1), columns)  # which flips: see below
@@ -85,22 +86,50 @@ def test_a_nearest_mask_equals_resizing_and_cropping_the_whole():
 
 def test_boxes_that_leave_the_picture_go_with_their_phrases():
     # 80x40, cropped to the middle 40x40: x from 0.25 to 0.75 stays.
-    boxes = [[0, 0, 0.2, 1], [0.2, 0, 0.3, 1], [0.2, 0, 0.26, 1], [0.5, 0.5, 0.5, 0.9]]
-    example = {"image": pixels(0, 80, 40), "boxes": boxes, "phrases": list("abcd")}
-    made = crop(example, (40, 40))
+    boxes = [[0, 0, 0.2, 1], [0.2, 0, 0.3, 1], [0.2, 0, 0.26, 1]]
+    example = {"image": pixels(0, 80, 40), "boxes": boxes, "phrases": list("abc")}
+    made = crop(example, (40, 40), columns=("boxes",))
     assert made["phrases"] == ["b"]
     np.testing.assert_allclose(made["boxes"], [[0, 0, 0.1, 1]], atol=1e-6)
-    nothing = crop(example | {"boxes": [], "phrases": []}, (40, 40))
+    nothing = crop(example | {"boxes": [], "phrases": []}, (40, 40), columns=("boxes",))
     assert nothing["boxes"].shape == (0, 4)
+
+
+@pytest.mark.parametrize("boxes", [None, [{"bbox": [1, 2, 3, 4]}], [[10, 10, 60, 60]]], ids=str)
+def test_boxes_that_nobody_asked_for_are_left_out(boxes):
+    example = {"image": pixels(0), "caption": "", "boxes": boxes, "phrases": None}
+    made = transforms.flip(crop(example, (32, 32)), rng(1))
+    assert "boxes" not in made
 
 
 def test_pictures_that_do_not_fit_each_other_are_bad_examples():
     example = {"image": pixels(0), "mask": np.ones((48, 60), bool)}
     with pytest.raises(BadExample, match="'mask' is 60x48 and the image 48x48"):
         crop(example, (32, 32), columns=("mask",))
-    for boxes in ([[0, 1]], [["a", 0, 1, 1]], 3, {}, [[0, 0, 1, 1], [0, 0]]):
-        with pytest.raises(BadExample, match="boxes"):
-            crop({"image": pixels(0), "boxes": boxes, "phrases": ["x"]}, (32, 32))
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        *([[0, 1]], [["a", 0, 1, 1]], 3, {}, None, [[0, 0, 1, 1], [0, 0]]),
+        *([[10, 10, 60, 60]], [[0.6, 0.6, 0.2, 0.8]], [[0.1, 0.5, 0.2, 0.5]]),
+        *([[float("nan")] * 4], [[-0.1, 0, 1, 1]], [[0, 0, 1, float("inf")]]),
+    ],
+    ids=str,
+)
+def test_boxes_that_are_none_make_a_bad_example(boxes):
+    example = {"image": pixels(0), "boxes": boxes, "phrases": ["x"]}
+    with pytest.raises(BadExample, match=r"its box|it has 0 boxes"):
+        crop(example, (32, 32), columns=("boxes",))
+
+
+@pytest.mark.parametrize("phrases", [None, "a", ["a", "b"], [3], [None], []], ids=str)
+def test_boxes_need_a_phrase_each(phrases):
+    example = {"image": pixels(0), "boxes": [[0, 0, 1, 1.00001]], "phrases": phrases}
+    with pytest.raises(BadExample, match="phrases"):
+        crop(example, (32, 32), columns=("boxes",))
+    made = crop(example | {"phrases": ["x"]}, (32, 32), columns=("boxes",))
+    np.testing.assert_array_equal(made["boxes"], [[0, 0, 1, 1]])
 
 
 def test_half_of_the_examples_are_flipped_with_all_their_pictures():
@@ -124,6 +153,8 @@ def test_half_of_the_examples_are_flipped_with_all_their_pictures():
         ("the leftmost cup", False),
         ("facing RIGHTWARDS", False),
         ("a left-handed player", False),
+        ("looking_left", False),
+        ("upright_copyrights", True),
         ("a bright cleft, upright", True),
     ],
 )
@@ -132,6 +163,12 @@ def test_flips_keep_captions_true(text, flips):
         example |= {"image": pixels(0), "file_name": "left/right.png"}
         made = [transforms.flip(example, rng(seed)) for seed in range(20)]
         assert any(m is not example for m in made) == flips
+
+
+def test_a_column_may_forbid_flips():
+    example = {"image": pixels(0), "caption": "the letter R", "flip": False}
+    assert all(transforms.flip(example, rng(seed)) is example for seed in range(20))
+    assert transforms.may_flip(example | {"flip": True})
 
 
 def test_the_set_share_of_captions_is_emptied():

@@ -115,6 +115,7 @@ def test_what_surrounds_the_image_does_not_leak_in():
         ((2, 16, 16, 1280), 1280, "float32", True),
         ((2, 8, 8, 1280), 1280, "float32", False),
         ((1, 512, 512, 128), 3, "float32", False),
+        ((1, 64, 64, 4), 512, "float32", False),
         ((2, 64, 64, 320), 320, "bfloat16", False),
     ],
 )
@@ -123,3 +124,8 @@ def test_it_is_chosen_where_it_pays(shape, outputs, dtype, chosen):
     kernel = jax.ShapeDtypeStruct((3, 3, shape[-1], outputs), dtype)
     assert winograd.pays(x, kernel) == chosen
     assert ("pti,pio" in jax.jit(chosen_form).lower(x, kernel).as_text(debug_info=True)) == chosen
+    y = jax.eval_shape(chosen_form, x, kernel)
+    slopes = jax.jit(lambda x, kernel, y: jax.vjp(chosen_form, x, kernel)[1](y))
+    text = slopes.lower(x, kernel, y).as_text(debug_info=True)
+    assert ("pti,poi" in text) == chosen, "for the gradient of the image"
+    assert ("pti,pto" in text) == chosen, "for that of the kernel"

@@ -38,8 +38,10 @@ class Runs:
         self.config = folder / "config.py"
         self.config.write_text(CONFIG.format(root=ROOT, data=data, steps=steps))
 
-    def start(self, out, *options, process=0, of=1, port=0, devices=1):
-        """A process of a run that writes to `out`; of several, one."""
+    def start(
+        self, out, *options, process=0, of=1, port=0, devices=1, program="train/main.py", last=()
+    ):
+        """A process of a run that writes to `out`; of several, one, with options of its own."""
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
             "JAX_NUM_CPU_DEVICES": str(devices),
@@ -51,9 +53,9 @@ class Runs:
                 "JAX_NUM_PROCESSES": str(of),
                 "JAX_PROCESS_ID": str(process),
             }
-        command = [sys.executable, str(ROOT / "train" / "main.py"), str(self.config)]
+        command = [sys.executable, str(ROOT / program), str(self.config)]
         return subprocess.Popen(
-            [*command, "--out", str(out), *options],
+            [*command, "--out", str(out), *options, *last],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -68,17 +70,23 @@ class Runs:
         assert process.returncode == 0, said
         return said
 
-    def together(self, out, *options, of=2, stop=None):
-        """Several processes to the end, or to a signal to one of them: what each said."""
+    def together(self, out, *options, of=2, stop=None, code=0, each=((), ()), **how):
+        """Several processes to the end, or to a signal to one of them: what each said.
+
+        `each` are options of one process alone, and `code` is what all of them exit with.
+        """
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        all_of_them = [self.start(out, *options, process=i, of=of, port=port) for i in range(of)]
+        all_of_them = [
+            self.start(out, *options, process=i, of=of, port=port, last=each[i], **how)
+            for i in range(of)
+        ]
         if stop is not None:
             wait_for_line(out, stop, all_of_them[0])
             all_of_them[-1].send_signal(signal.SIGTERM)
         said = [process.communicate(timeout=600)[0] for process in all_of_them]
-        assert [process.returncode for process in all_of_them] == [0] * of, said
+        assert [process.returncode for process in all_of_them] == [code] * of, said
         return said
 
 

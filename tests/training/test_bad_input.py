@@ -4,10 +4,12 @@ And where a run fails on the way, it says so in one line, ends, and loses nothin
 """
 
 import errno
+import gc
 import json
 import os
 import resource
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -20,7 +22,7 @@ from jax.core import Tracer
 
 from jaxgen import cli, locks, trees
 from jaxgen.data.pipeline import Loader
-from jaxgen.training import loop, metrics, result
+from jaxgen.training import configs, loop, metrics, result, samples
 from jaxgen.types import UserError
 from tests.training.pictures import write_folder
 
@@ -440,6 +442,35 @@ def test_other_data_are_named_by_what_differs(ran, capsys):
     assert "sources.0.length: 16, now 15; sources.0.crc32: " in one_line(capsys)
 
 
+def test_data_may_be_moved_and_not_exchanged(ran, capsys, steps):
+    Path("data").rename("moved")
+    shutil.copytree("moved", "others")
+    shutil.copy("others/001.png", "others/000.png")
+    train("--steps", "8", "--data.source", "others", code=2)
+    assert "sources.0.some_pictures: " in one_line(capsys)
+    train("--steps", "8", "--data.source", "moved")
+    assert steps.made == [7, 8]
+
+
+def test_bad_pictures_are_counted_in_the_metrics_of_a_run_that_is_resumed_too(here, steps):
+    Path("data/003.png").write_text("no picture")
+
+    def skipped():
+        lines = Path("run/metrics.jsonl").read_text().splitlines()
+        return [json.loads(line).get("skipped", 0) for line in lines]
+
+    write_small()
+    options = ("--data.bad-share", "1", "--log-every", "1", "--samples.every", "99")
+    train("--steps", "9", *options)
+    whole = skipped()
+    shutil.rmtree("run")
+    train("--steps", "4", *options)
+    train("--steps", "9", *options)
+    assert skipped() == whole
+    assert whole == sorted(whole)
+    assert whole[-1] > 1
+
+
 def test_a_truncated_checkpoint_can_be_left_out(ran, capsys, steps):
     truncate("state/ocdbt.process_0/d/*")
     before = content("run")
@@ -657,9 +688,72 @@ def test_samples_that_fail_do_not_stop_a_run(here, capsys, monkeypatch, steps):
     def pictures(*_):
         raise UserError("the model's output is not finite")
 
-    monkeypatch.setattr(loop, "_pictures", pictures)
+    monkeypatch.setattr(samples, "pictures", pictures)
     write_small()
     train("--samples.prompts", "a fox", "--samples.every", "4")
     said = capsys.readouterr().err
     assert "jaxgen: no samples of step 4: the model's output is not finite" in said
     assert steps.made == [1, 2, 3, 4, 5, 6]
+
+
+def test_samples_that_devices_have_no_memory_for_do_not_stop_a_run(
+    here, capsys, monkeypatch, steps
+):
+    def pictures(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to ...")
+
+    monkeypatch.setattr(samples, "pictures", pictures)
+    write_small()
+    train("--samples.prompts", "a fox", "--samples.every", "4")
+    said = capsys.readouterr().err
+    assert "jaxgen: no samples of step 4: too little memory beside what trains" in said
+    assert steps.made == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_stops_a_run_that_goes_on_from_there(
+    here, capsys, monkeypatch, steps, number
+):
+    def read(*arguments):
+        signal.raise_signal(number)
+        return read_params(*arguments)
+
+    def uncaught(number, frame):
+        raise AssertionError("the process ends")
+
+    write_small()
+    read_params, before = loop.read_params, signal.signal(number, uncaught)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "read_params", read)
+            train()
+    finally:
+        signal.signal(number, before)
+    assert "the same command goes on from there" in capsys.readouterr().out
+    assert saved() == steps.made == []
+    train()
+    assert steps.made == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_goes_on_holds_its_state_once(here, monkeypatch, steps):
+    write_config(mesh="data=1")
+    spoil("config.py", "batch_size", "ema=EMA(), batch_size")
+    train("--steps", "1")
+    gc.collect()
+    before, restore, held = living(), loop.Checkpoints.restore, []
+
+    def restored(self, *arguments):
+        held.append(restore(self, *arguments))
+        held.append(living() - before)
+        return held.pop(0)
+
+    monkeypatch.setattr(loop.Checkpoints, "restore", restored)
+    run = loop.Run(configs.read(Path("config.py"), ["--steps", "2"]))
+    run.data.close()
+    state = sum(x.nbytes for x in jax.tree.leaves((run.state, run.frozen, run.batch)))
+    assert held[0] < 1.05 * state
+
+
+def living():
+    """Bytes of all arrays on devices."""
+    return sum(x.nbytes for x in jax.live_arrays())

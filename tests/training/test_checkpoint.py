@@ -259,6 +259,20 @@ def test_memory_that_runs_out_is_no_damage(two, monkeypatch):
         Checkpoints(two, 2).restore(2, like(state(2)))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_of_several_processes_none_is_told_to_remove_a_checkpoint(two, monkeypatch, processes):
+    def restore(*_, **__):
+        raise ValueError("a barrier timed out\nand more of it")
+
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", restore)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with pytest.raises(UserError) as error:
+        Checkpoints(two, 2).record(2)
+    damaged = "a file in it is damaged or missing; remove it to go on from step 1"
+    why = {1: damaged, 2: "a barrier timed out"}[processes]
+    assert str(error.value) == f"cannot read {two / '2'}: {why}"
+
+
 def test_a_file_that_may_not_be_read_is_no_damage(two, monkeypatch):
     def restore(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", "metadata")

@@ -207,6 +207,11 @@ def test_options_change_the_fields_of_a_file():
     assert recipe.task.model == "m"
 
 
+def test_rules_of_a_mesh_are_pairs_of_words():
+    recipe = read(stated(WELL), "--mesh.rules", "attn", "fsdp", "kernel$", ". . fsdp tensor")
+    assert recipe.mesh.rules == (("attn", "fsdp"), ("kernel$", ". . fsdp tensor"))
+
+
 def test_the_configs_of_the_repository_are_read():
     for path in (Path(cli.__file__).parents[1] / "configs").glob("*.py"):
         assert isinstance(configs.read(path, ()), Train)
@@ -222,6 +227,7 @@ def changed(**values):
         {"steps": 7, "out": Path("b"), "keep": 5, "save_every": 3, "log_every": 2},
         {"mesh": Mesh(fsdp=2), "accumulate": 2, "remat": True, "profile": (1, 2)},
         {"samples": Samples(prompts=("a fox",)), "data": Images(source="d", workers=2, threads=1)},
+        {"data": Images(source="moved", bad_share=0.5)},  # that it is the same, its content tells
     ],
 )
 def test_what_changes_nothing_that_is_learned_is_no_difference(values):

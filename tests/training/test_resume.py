@@ -12,7 +12,7 @@ import torch
 
 import jaxgen
 from tests.training.pictures import write_folder
-from tests.training.runs import Runs, assert_same, metrics, wait_for_line, worst
+from tests.training.runs import ROOT, Runs, assert_same, metrics, wait_for_line, worst
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,60 @@ def test_two_processes_are_one_and_stop_together(runs, whole, tmp_path):
     assert all("goes on from there" in text for text in said)
     runs.together(tmp_path / "stopped")
     assert_same(tmp_path / "stopped", tmp_path / "both")
+
+
+# As train/main.py, but the data of process 1 fail at the fifth batch.
+FAILS = """
+import sys
+sys.path.insert(0, "{root}/train")
+import main
+main.start()
+import jax
+from jaxgen.cli import main as command
+from jaxgen.data.pipeline import Loader
+from jaxgen.types import UserError
+
+following = Loader.__next__
+
+def until_the_fifth(self):
+    if self.next_batch == 4 and jax.process_index() == 1:
+        raise UserError("20 of 1000 examples are bad")
+    return following(self)
+
+Loader.__next__ = until_the_fifth
+command(["train", *sys.argv[1:]])
+"""
+
+
+def test_where_one_process_fails_all_save_and_end(runs, tmp_path):
+    program = tmp_path / "fails.py"
+    program.write_text(FAILS.format(root=ROOT))
+    said = runs.together(tmp_path / "run", program=program, code=2)
+    assert "jaxgen: process 1: 20 of 1000 examples are bad" in said[0]
+    assert "jaxgen: 20 of 1000 examples are bad" in said[1]
+    assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
+
+
+@pytest.mark.slow
+def test_where_one_process_lacks_the_data_all_end(runs, tmp_path):
+    lacks = ("--data.source", str(tmp_path / "nowhere"))
+    said = runs.together(tmp_path / "run", code=2, each=((), lacks))
+    assert "jaxgen: process 1: no folder or file" in said[0]
+    assert "jaxgen: no folder or file" in said[1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_find_different_checkpoints_are_refused(runs, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "other")
+    step = max((tmp_path / "other" / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    shutil.rmtree(step)
+    elsewhere = ("--out", str(tmp_path / "other"))
+    said = runs.together(whole, "--steps", "20", code=2, each=((), elsewhere))
+    for text, folder in zip(said, (whole, tmp_path / "other")):
+        assert "processes 0 and 1 find different checkpoints" in text
+        assert f"{folder / 'checkpoints'}: name a folder that all share (out)" in text
+        assert "remove" not in text
 
 
 @pytest.mark.slow
