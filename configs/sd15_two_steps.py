@@ -17,7 +17,7 @@ config = Train(
     optimizer=Lion(learning_rate=1e-5),
     batch_size=1,
     steps=2,
-    save_every=1,
+    save_every=2,  # a save beside a step would take 7 GB more
     keep=1,
     log_every=1,
     out=Path("runs/sd15_two_steps"),

@@ -120,6 +120,7 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
+@pytest.mark.slow
 def test_a_run_in_bf16_samples_and_leaves_what_did_not_learn_as_it_was(tmp_path):
     recipe = Train(
         TextToImage(model=TINY, learn=("unet/up_blocks",)),

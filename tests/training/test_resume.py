@@ -56,6 +56,7 @@ def test_killed_at_random_it_ends_bit_identical(runs, whole, kills, tmp_path):
         trial += 1
 
 
+@pytest.mark.slow
 def test_killed_with_workers_it_ends_bit_identical(runs, whole, tmp_path):
     options = ("--data.workers", "2")
     assert kill(runs, tmp_path / "run", np.random.default_rng(1), options)
