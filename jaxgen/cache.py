@@ -7,15 +7,9 @@ An example of which it cannot hold a number is no use to training either, and is
 """
 
 import dataclasses
-import glob
 import math
-import os
-import shutil
-import signal
-import tempfile
-import threading
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from functools import partial
 from importlib import metadata
 from itertools import chain
@@ -76,53 +70,10 @@ def cache(recipe: Train, out: Path, progress: bool = True) -> Path:
     encoders = Encoders(recipe, mesh)
     reader = Reader(data, source, recipe.data.flip)
 
-    out = out.resolve()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch, held = _scratch(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
-    try:
-        with _interrupted():
-            description = _write(scratch, reader, encoders, progress)
+    with locks.whole(out) as scratch:
+        description = _write(scratch, reader, encoders, progress)
         config.write_json(scratch / DESCRIPTION, dataclasses.asdict(description))
-        os.chmod(scratch, 0o755)
-        if out.exists():
-            out.rmdir()
-        scratch.rename(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if held is not None:
-            os.close(held)
-    return out
-
-
-def _scratch(out: Path) -> tuple[Path, int | None]:
-    """A new folder beside `out`, and what holds it; those that killed commands left are removed."""
-    prefix = f".{out.name}.unfinished-"
-    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
-        with suppress(UserError):  # another command is at work in it
-            held = locks.hold(left, "--out")
-            if held is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(held)
-    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-    return scratch, locks.hold(scratch, "--out")
-
-
-@contextmanager
-def _interrupted() -> Iterator[None]:
-    """SIGTERM stops what is done inside as Ctrl-C does, so that nothing unfinished is left."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return out.resolve()
 
 
 def _source(wanted: Images) -> tuple[Source, Images]:

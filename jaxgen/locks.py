@@ -1,6 +1,13 @@
-"""One run at a time in a folder."""
+"""One run at a time in a folder, and folders that are whole or not there."""
 
+import glob
 import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jaxgen.types import UserError
@@ -31,3 +38,62 @@ def hold(folder: Path, option: str) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+@contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A scratch folder beside `out`, which is `out` in the end, or gone if anything is raised.
+
+    What killed commands left there is removed; SIGTERM stops what is done inside as Ctrl-C does.
+
+    Args:
+        out: a new or empty folder.
+
+    Raises:
+        UserError: where nothing can be written.
+    """
+    out = out.resolve()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch, held = _scratch(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    try:
+        with _interrupted():
+            yield scratch
+        os.chmod(scratch, 0o755)
+        if out.exists():
+            out.rmdir()
+        scratch.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _scratch(out: Path) -> tuple[Path, int | None]:
+    """A new folder beside `out`, and what holds it; those that killed commands left are removed."""
+    prefix = f".{out.name}.unfinished-"
+    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+        with suppress(UserError):  # another command is at work in it
+            held = hold(left, "--out")
+            if held is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(held)
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    return scratch, hold(scratch, "--out")
+
+
+@contextmanager
+def _interrupted() -> Iterator[None]:
+    """SIGTERM stops what is done inside as Ctrl-C does, so that nothing unfinished is left."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,9 +1,6 @@
 """Writes examples of any source as an image folder, which `Folder` reads back the same."""
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from jaxgen import locks
 from jaxgen.data.examples import Example, Source
 from jaxgen.data.folder import METADATA
 from jaxgen.types import UserError
@@ -31,26 +29,11 @@ def export(source: Source, out: Path, count: int, progress: bool = True) -> Path
     """
     if not 1 <= count <= len(source):
         raise UserError(f"count {count} is not from 1 to {len(source)}, which {source.ref} has")
-    out = out.resolve()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
-    try:
-        with (scratch / METADATA).open("w", encoding="utf-8") as file:
-            for i in tqdm(range(count), desc="writing", disable=not progress):
-                line = _write(scratch, f"{i:05}.png", source.read(i))
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        os.chmod(scratch, 0o755)
-        if out.exists():
-            out.rmdir()
-        scratch.rename(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return out
+    with locks.whole(out) as scratch, (scratch / METADATA).open("w", encoding="utf-8") as file:
+        for i in tqdm(range(count), desc="writing", disable=not progress):
+            line = _write(scratch, f"{i:05}.png", source.read(i))
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return out.resolve()
 
 
 def _write(folder: Path, name: str, example: Example) -> dict[str, Any]:

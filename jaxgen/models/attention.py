@@ -13,8 +13,9 @@ from jaxgen.models.norms import GroupNorm, LayerNorm
 from jaxgen.types import Array, at_least_float32
 
 WHOLE = 2**20  # scores of one head that are held at once; more are computed in blocks of queries
-SCORES = 2**21  # and so many of them at a time
+SCORES = 2**20  # and so many of them at a time
 MIN_ROWS = 128  # queries of a block at least
+SAFE = 60.0  # of a score whose exp, summed over any number of keys, float32 holds with ease
 
 FEATURES = 2**21  # of a feed-forward layer at a time, on a CPU
 FEED_ROWS = 400  # tokens of such a block at least
@@ -63,20 +64,53 @@ def _attend_heads_first(q: Array, k: Array, v: Array, causal: bool = False) -> A
     return _softmax_product(q, k, v, causal).transpose(0, 2, 1, 3)
 
 
-def _softmax_product(q: Array, k: Array, v: Array, causal: bool = False) -> Array:
-    """[..., T, D], [..., S, D] x2 -> [..., T, D]."""
+def _softmax_product(
+    q: Array, k: Array, v: Array, causal: bool = False, safe: Array | None = None
+) -> Array:
+    """[..., T, D], [..., S, D] x2 -> [..., T, D].
+
+    Args:
+        safe: [] of `_centre`, whether the largest score need not be looked for.
+    """
     exact = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("...td,...sd->...ts", q, k, preferred_element_type=exact)
     if causal:
         scores = jnp.where(
             jnp.tri(scores.shape[-2], scores.shape[-1], dtype=bool), scores, -jnp.inf
         )
-    largest = lax.stop_gradient(scores.max(-1, keepdims=True))
+    largest = _largest(lax.stop_gradient(scores), safe)
     weights = jnp.exp((scores - largest) * (1 / math.sqrt(q.shape[-1])))
     # The division by the sum comes after the product with v: it is smaller by S / D.
     total = weights.sum(-1, keepdims=True)
     out = jnp.einsum("...ts,...sd->...td", weights.astype(v.dtype), v)
     return (out / total).astype(v.dtype)
+
+
+def _largest(scores: Array, safe: Array | None) -> Array:
+    """[..., T, S] -> [..., T, 1], of each query; zeros where they are safe."""
+    if safe is None:
+        return scores.max(-1, keepdims=True)
+    # A loop of no turn or one, since of a `cond` under vmap both sides are computed.
+    _, largest = lax.while_loop(
+        lambda state: ~state[0],
+        lambda state: (jnp.ones_like(safe), scores.max(-1, keepdims=True)),
+        (safe, jnp.zeros_like(scores[..., :1])),
+    )
+    return largest
+
+
+def _centre(q: Array, k: Array) -> tuple[Array, Array | None]:
+    """Keys of the same attention, and whether exp of any score is safe as it is (None: not asked).
+
+    Less their mean, keys give scores whose mean over the keys is zero for each query, which
+    softmax does not see. The largest is then from 0 to |q| |k|: where that is SAFE, exp neither
+    overflows nor loses what counts, and one of the passes over the scores is not needed.
+    """
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or k.dtype.itemsize < 4:
+        return k, None  # passes are fused there; a bound of the whole batch is one of all devices
+    k = k - lax.stop_gradient(k.mean(-2, keepdims=True))
+    longest = [jnp.sqrt(jnp.square(lax.stop_gradient(x)).sum(-1).max()) for x in (q, k)]
+    return k, longest[0] * longest[1] <= SAFE * math.sqrt(q.shape[-1])
 
 
 def _attend_chunked(q: Array, k: Array, v: Array) -> Array:
@@ -91,9 +125,10 @@ def _attend_chunked(q: Array, k: Array, v: Array) -> Array:
 
     def attend_group(group: tuple[Array, Array, Array]) -> Array:
         q, k, v = group
+        k, safe = _centre(q, k)
         q = jnp.pad(q, ((0, 0), (0, blocks * rows - length), (0, 0)))
         q = jnp.moveaxis(q.reshape(together, blocks, rows, width), 1, 0)
-        out = lax.map(jax.checkpoint(lambda block: _softmax_product(block, k, v)), q)
+        out = lax.map(jax.checkpoint(lambda block: _softmax_product(block, k, v, safe=safe)), q)
         return jnp.moveaxis(out, 0, 1).reshape(together, blocks * rows, width)[:, :length]
 
     out = lax.map(attend_group, (grouped(q), grouped(k), grouped(v)))

@@ -68,6 +68,32 @@ def test_attention_matches_torch_in_value_and_gradient(length, keys, rows, toget
         assert error(got, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("scale", [0.5, 8.0], ids=["safe", "looked for"])
+def test_scores_too_large_for_exp_are_shifted_and_others_need_not_be(scale, monkeypatch):
+    """Keys share a large part, as trained ones do: softmax does not see it, nor may the choice."""
+    in_blocks(monkeypatch, 16)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    q, k, v = (x.astype(jnp.float32) for x in qkv(37, 40, 24, scale=scale))
+    k = k + 4 * scale
+    split = lambda x: x.reshape(2, -1, 3, 8)[:, :, 0]  # noqa: E731
+    _, safe = attention._centre(split(q), split(k))
+    assert bool(safe) == (scale < 1)
+
+    with jax.enable_x64():
+        exact = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v)]
+        out, grads = torch_attention(*exact, heads=3, causal=False)
+    actual, ours = value_and_gradients(lambda *a: attention.attend(*a, heads=3), q, k, v)
+    rounding = 4 * scale**2 * 1e-5  # of the scores themselves, which reach several hundred
+    assert error(actual, out) < max(TOLERANCE, rounding)
+    for got, expected in zip(ours, grads, strict=True):
+        assert error(got, expected) < max(TOLERANCE, rounding)
+
+    mapped = jax.vmap(lambda *a: attention.attend(*a, heads=3))(
+        *(jnp.stack([0.01 * x, x]) for x in (q, k, v))
+    )
+    assert error(mapped[1], actual) < TOLERANCE
+
+
 @pytest.mark.parametrize("length", [1, 77])
 def test_causal_attention_matches_torch_in_value_and_gradient(length):
     arrays = qkv(length, length, 16)

@@ -17,6 +17,8 @@ PER_SCENE = 1.7  # on average, where the law does not say it
 
 
 class Split(NamedTuple):
+    """Scenes that no other split has, and the groups of subjects that they show."""
+
     number: int  # never to change: the key of every scene holds it
     scenes: int
     groups: tuple[str, ...]
