@@ -252,14 +252,15 @@ def _open_single(path: Path, prediction: str | None) -> tuple[Model, dict[str, T
 def _open_fresh(ref: str, seed: int) -> tuple[Model, dict[str, Tensors]]:
     """An architecture of the zoo; parts that ship trained are in the assets, under its name."""
     configs = dict(zoo.configs(ref))
-    shipped = {}
+    shipped, assets = {}, ASSETS / ref.removeprefix(zoo.PREFIX)
     for name, part in PARTS.items():
-        folder = ASSETS / ref.removeprefix(zoo.PREFIX) / part.folder
+        folder = assets / part.folder
         if folder.is_dir():
             configs[name] = _typed(config.read_json(folder / "config.json"), part, folder)
             shipped[name] = rename.by_path(files.open_folder(folder, part.stem, ""))
     networks = {name: part.read(configs[name], f"{ref}: {name}") for name, part in PARTS.items()}
-    tokenizer = _clip_tokenizer(networks["text_encoder"])
+    own = assets / "tokenizer"
+    tokenizer = Tokenizer.read(own) if own.is_dir() else _clip_tokenizer(networks["text_encoder"])
     model = Model(**networks, tokenizer=tokenizer, scheduler=configs["scheduler"], name=ref)
     _check(model)
     return model, {n: shipped.get(n) or zoo.fresh(getattr(model, n), n, seed) for n in PARTS}

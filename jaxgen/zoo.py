@@ -78,7 +78,7 @@ _MINI = _changed(
     _SD15,
     unet={
         "sample_size": 16,
-        "block_out_channels": [64, 128, 192],
+        "block_out_channels": [64, 128, 160],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
         "layers_per_block": 1,
@@ -99,7 +99,13 @@ _MINI = _changed(
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "projection_dim": 128,
+        "vocab_size": 1199,
+        "max_position_embeddings": 40,
+        "bos_token_id": 1197,
+        "eos_token_id": 1198,
+        "pad_token_id": 1198,
     },
+    scheduler={"prediction_type": "v_prediction"},
 )
 ARCHITECTURES = {"sd15": _SD15, "sd21-v": _SD21, "mini": _MINI}
 

@@ -1,5 +1,7 @@
 """Texts as the network reads them, against transformers' encoder."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from jaxgen import trees
+from jaxgen import trees, zoo
 from jaxgen.conditioning import encode_text
 from jaxgen.load import open_model, read_params
 from jaxgen.models.clip import TextEncoder
@@ -22,16 +24,10 @@ RNG = np.random.default_rng(0)
 @pytest.fixture(scope="module")
 def fresh():
     """Theirs, ours and its parameters: random, but the last norm leaves every token a mean of 0."""
-    model, tensors = open_model("fresh:mini")
-    params = read_params({"text_encoder": tensors["text_encoder"]})
-    config = CLIPTextConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        bos_token_id=49406,
-        eos_token_id=49407,
-    )
+    model, _ = open_model("fresh:mini")
+    tensors = zoo.fresh(model.text_encoder, "text_encoder")  # what ships has learned
+    params = read_params({"text_encoder": tensors})
+    config = CLIPTextConfig(**dataclasses.asdict(model.text_encoder.config))
     theirs, ours = CLIPTextModel(config).eval(), trees.flatten(params["text_encoder"])
     state = {}
     for key, p in theirs.named_parameters():

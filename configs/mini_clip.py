@@ -1,0 +1,23 @@
+"""The embedded model's CLIP: its text encoder, and the image encoder that goes with it.
+
+    jaxgen train configs/mini_clip.py
+
+The second part; it needs no other. Learned from nothing on the scenes of emoji_scenes by finding
+which caption of a batch belongs to which picture (Radford et al. 2021). Numbers are the project's
+own.
+"""
+
+from pathlib import Path
+
+from jaxgen.training.recipe import EMA, AdamW, Contrastive, Images, Train
+
+config = Train(
+    task=Contrastive(model="fresh:mini", fresh=("text_encoder",), image_size=64, patch_size=8),
+    data=Images(source="emoji_scenes", size=64),
+    optimizer=AdamW(learning_rate=1e-3, warmup=200, schedule="cosine", weight_decay=0.05),
+    ema=EMA(decay=0.99),
+    batch_size=128,
+    steps=6000,
+    save_every=200,
+    out=Path("runs/mini_clip"),
+)

@@ -1,0 +1,36 @@
+"""The embedded model's UNet, and a text encoder of its own.
+
+    jaxgen train configs/mini_unet.py
+
+The last part: it denoises the latents of configs/mini_vae.py. The text encoder begins as that of
+configs/mini_clip.py and learns on, since telling left from right is little use to a contrast of
+captions. The rate is constant and the average long, so that a run can go on for as long as there is
+time (`--steps`). Numbers are the project's own.
+"""
+
+from pathlib import Path
+
+from jaxgen.training.recipe import EMA, AdamW, Images, Samples, TextToImage, Train
+
+config = Train(
+    task=TextToImage(
+        model="fresh:mini", fresh=("unet",), learn=("unet/", "text_encoder/"), snr_gamma=5.0
+    ),
+    data=Images(source="emoji_scenes", size=64, caption_dropout=0.1),
+    optimizer=AdamW(learning_rate=5e-4, warmup=500, weight_decay=1e-2),
+    ema=EMA(decay=0.999),
+    batch_size=64,
+    steps=20_000,
+    samples=Samples(
+        prompts=(
+            "a red apple left of an owl, flat style, on a blue background",
+            "a large fox, 3D style, on a green background",
+            "a rocket above a pizza, line art style, on a yellow striped background",
+            "a crab",
+        ),
+        every=1000,
+        guidance=4.0,
+    ),
+    save_every=200,
+    out=Path("runs/mini_unet"),
+)

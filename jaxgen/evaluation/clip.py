@@ -1,0 +1,152 @@
+"""Pictures and texts in the one space of a CLIP: scores, and who finds whom.
+
+Any folder of transformers' CLIPModel serves (safetensors), such as the `clip` that a run of
+`tasks.contrastive` ends with.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from jaxgen import config, trees
+from jaxgen.data.tokenizer import Tokenizer
+from jaxgen.load import read_params
+from jaxgen.models.clip import FIXED, TextConfig, TextEncoder, VisionConfig, VisionEncoder
+from jaxgen.models.layers import linear
+from jaxgen.tasks.contrastive import MEAN, STD
+from jaxgen.types import Array, Params, UserError
+from jaxgen.weights import files, rename
+
+BATCH = 64  # pictures or texts at a time
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Two encoders, the parameters of both with the projections, and the vocabulary."""
+
+    text: TextEncoder
+    vision: VisionEncoder
+    params: Params
+    tokenizer: Tokenizer
+
+
+def open_clip(folder: str | Path) -> Clip:
+    """Reads a CLIP folder, float32.
+
+    Raises:
+        UserError: one line that names what is missing, damaged or not supported.
+    """
+    folder, where = Path(folder), Path(folder) / "config.json"
+    if not where.is_file():
+        raise UserError(f"{folder} is no CLIP folder: it has no config.json")
+    data = config.read_json(where)
+    width = data.get("projection_dim", 512)
+    given: list[dict[str, Any]] = [
+        {**part, "projection_dim": width}
+        for part in (data.get("text_config"), data.get("vision_config"))
+        if isinstance(part, dict)
+    ]
+    if data.get("model_type") != "clip" or len(given) < 2:
+        raise UserError(f"{where} is not of a CLIP with a text and an image encoder")
+    text = TextEncoder(config.parse(TextConfig, given[0], FIXED, f"{where}: text_config"), True)
+    vision = VisionEncoder(config.parse(VisionConfig, given[1], FIXED, f"{where}: vision_config"))
+    released = {
+        key: tensor
+        for key, tensor in files.open_folder(folder, "model", "").items()
+        if not key.endswith("position_ids")  # a buffer of old files
+    }
+    tensors = rename.by_path(released)
+    expected = trees.flatten({**trees.shapes(text.init), **trees.shapes(vision.init)})
+    expected["logit_scale"] = jax.ShapeDtypeStruct((), jnp.float32)
+    files.report(_shapes(expected), _shapes(tensors), str(folder))
+    params = read_params({"clip": tensors})["clip"]
+    return Clip(text, vision, params, Tokenizer.read(folder))
+
+
+def _shapes(flat: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {rename.to_key(path): tuple(leaf.shape) for path, leaf in flat.items()}
+
+
+def embed_images(clip: Clip, images: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures uint8 [H, W, 3] of any sizes -> unit vectors float32 [B, P]."""
+    side = clip.vision.config.image_size
+    return _in_batches(
+        partial(_see, clip.params, vision=clip.vision), [_resized(image, side) for image in images]
+    )
+
+
+def embed_texts(clip: Clip, texts: Sequence[str]) -> np.ndarray:
+    """Texts, cut where the tokenizer's length ends -> unit vectors float32 [B, P]."""
+    tokenizer, rows = clip.tokenizer, []
+    for text in texts:
+        tokens = tokenizer.encode(text)[: tokenizer.length - 2]
+        row = np.full(tokenizer.length, tokenizer.pad, np.int32)
+        row[: len(tokens) + 2] = [tokenizer.bos, *tokens, tokenizer.eos]
+        rows.append(row)
+    return _in_batches(partial(_read, clip.params, text=clip.text), rows)
+
+
+def clip_score(clip: Clip, images: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
+    """100 max(cos, 0) of each picture and its text, float32 [B] (Hessel et al. 2021, w = 100)."""
+    cosines = (embed_images(clip, images) * embed_texts(clip, texts)).sum(-1)
+    return 100 * np.maximum(cosines, 0)
+
+
+def retrieval(clip: Clip, images: Sequence[np.ndarray], texts: Sequence[str]) -> dict[str, float]:
+    """Shares of pictures whose text is nearest of all, and of texts whose picture is."""
+    scores = embed_images(clip, images) @ embed_texts(clip, texts).T
+    own = np.arange(len(scores))
+    return {
+        "caption of a picture": float((scores.argmax(1) == own).mean()),
+        "picture of a caption": float((scores.argmax(0) == own).mean()),
+    }
+
+
+def _resized(image: np.ndarray, side: int) -> np.ndarray:
+    """The middle square at CLIP's size, as its own preprocessing makes it; uint8 RGB."""
+    height, width = image.shape[:2]
+    if (height, width) == (side, side):
+        return image
+    short = min(height, width)
+    new = (side * width // short, side * height // short)
+    picture = Image.fromarray(image).resize(new, Image.Resampling.BICUBIC)
+    left, top = ((n - side) // 2 for n in new)
+    return np.asarray(picture.crop((left, top, left + side, top + side)))
+
+
+def _in_batches(embed: Any, rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Batches of one size, so that one program serves all: the last is filled up."""
+    if not rows:
+        raise UserError("there is nothing to embed")
+    size = min(BATCH, len(rows))
+    found = []
+    for start in range(0, len(rows), size):
+        batch = np.stack(rows[start : start + size])
+        room = ((0, size - len(batch)), *((0, 0),) * (batch.ndim - 1))
+        found.append(np.asarray(embed(np.pad(batch, room)))[: len(batch)])
+    return np.concatenate(found)
+
+
+@partial(jax.jit, static_argnames="vision")
+def _see(params: Params, images: Array, *, vision: VisionEncoder) -> Array:
+    pixels = (images / jnp.float32(255) - jnp.asarray(MEAN)) / jnp.asarray(STD)
+    names = ("vision_model", "visual_projection")
+    return _unit(vision.apply({name: params[name] for name in names}, pixels)[1])
+
+
+@partial(jax.jit, static_argnames="text")
+def _read(params: Params, ids: Array, *, text: TextEncoder) -> Array:
+    encoder = replace(text, projected=False)
+    _, pooled = encoder.apply({"text_model": params["text_model"]}, ids)
+    return _unit(linear(params["text_projection"], pooled))
+
+
+def _unit(x: Array) -> Array:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
