@@ -27,7 +27,10 @@ def losses(part, out, cache):
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
-@pytest.mark.parametrize("part", ["vae", "clip", "unet"])
+SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in ("vae", "unet")]
+
+
+@pytest.mark.parametrize("part", ["clip", *SLOW])
 def test_a_part_is_made_again_with_the_same_losses(part, tmp_path):
     first, second = (losses(part, tmp_path / name, tmp_path / "cache") for name in "ab")
     assert len(first) == 3
