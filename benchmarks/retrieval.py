@@ -1,6 +1,6 @@
 """How often the embedded model's CLIP finds the caption of a scene among a hundred.
 
-    python benchmarks/mini_clip.py runs/mini_clip/model/clip
+    python benchmarks/retrieval.py runs/mini_clip/model/clip
 
 Scenes of emoji_scenes' test split, which no training sees, a hundred at a time; captions leave
 some of what a scene shows unsaid, and two of a hundred can be nearly alike. Prints Markdown.
