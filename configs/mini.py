@@ -2,8 +2,8 @@
 
     jaxgen train configs/mini.py --data.source FOLDER
 
-The UNet learns from random parameters, and the text encoder and the autoencoder from those that ship
-(the former learns on; see configs/mini_clip.py and jaxgen/assets/mini). It shows every part of training at work: once compiled, a minute of steps
+The UNet learns from random parameters; the autoencoder and the text encoder, which learns on, ship
+(see jaxgen/assets/mini). It shows every part of training at work: once compiled, a minute of steps
 on two cores. `--steps 1000` takes ten, and its pictures are sketches. Numbers are the project's
 own.
 """
