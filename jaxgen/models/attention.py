@@ -15,7 +15,7 @@ from jaxgen.types import Array, at_least_float32
 WHOLE = 2**20  # scores of one head that are held at once; more are computed in blocks of queries
 SCORES = 2**20  # and so many of them at a time
 MIN_ROWS = 128  # queries of a block at least
-SAFE = 60.0  # of a score whose exp, summed over any number of keys, float32 holds with ease
+SAFE = 30.0  # of a score: float32 holds the square of a sum of exp, which the gradient takes
 
 FEATURES = 2**21  # of a feed-forward layer at a time, on a CPU
 FEED_ROWS = 400  # tokens of such a block at least
@@ -99,14 +99,18 @@ def _largest(scores: Array, safe: Array | None) -> Array:
     return largest
 
 
-def _centre(q: Array, k: Array) -> tuple[Array, Array | None]:
+def _centre(q: Array, k: Array, v: Array) -> tuple[Array, Array | None]:
     """Keys of the same attention, and whether exp of any score is safe as it is (None: not asked).
 
     Less their mean, keys give scores whose mean over the keys is zero for each query, which
     softmax does not see. The largest is then from 0 to |q| |k|: where that is SAFE, exp neither
     overflows nor loses what counts, and one of the passes over the scores is not needed.
     """
-    if jax.default_backend() != "cpu" or jax.device_count() > 1 or k.dtype.itemsize < 4:
+    if (
+        jax.default_backend() != "cpu"
+        or jax.device_count() > 1
+        or min(k.dtype.itemsize, v.dtype.itemsize) < 4
+    ):
         return k, None  # passes are fused there; a bound of the whole batch is one of all devices
     k = k - lax.stop_gradient(k.mean(-2, keepdims=True))
     longest = [jnp.sqrt(jnp.square(lax.stop_gradient(x)).sum(-1).max()) for x in (q, k)]
@@ -125,7 +129,7 @@ def _attend_chunked(q: Array, k: Array, v: Array) -> Array:
 
     def attend_group(group: tuple[Array, Array, Array]) -> Array:
         q, k, v = group
-        k, safe = _centre(q, k)
+        k, safe = _centre(q, k, v)
         q = jnp.pad(q, ((0, 0), (0, blocks * rows - length), (0, 0)))
         q = jnp.moveaxis(q.reshape(together, blocks, rows, width), 1, 0)
         out = lax.map(jax.checkpoint(lambda block: _softmax_product(block, k, v, safe=safe)), q)

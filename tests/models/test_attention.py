@@ -76,7 +76,7 @@ def test_scores_too_large_for_exp_are_shifted_and_others_need_not_be(scale, monk
     q, k, v = (x.astype(jnp.float32) for x in qkv(37, 40, 24, scale=scale))
     k = k + 4 * scale
     split = lambda x: x.reshape(2, -1, 3, 8)[:, :, 0]  # noqa: E731
-    _, safe = attention._centre(split(q), split(k))
+    _, safe = attention._centre(split(q), split(k), split(v))
     assert bool(safe) == (scale < 1)
 
     with jax.enable_x64():
@@ -92,6 +92,34 @@ def test_scores_too_large_for_exp_are_shifted_and_others_need_not_be(scale, monk
         *(jnp.stack([0.01 * x, x]) for x in (q, k, v))
     )
     assert error(mapped[1], actual) < TOLERANCE
+
+
+def test_gradients_hold_up_to_the_bound_of_what_is_safe(monkeypatch):
+    """Their sum of exp is squared on the way: queries along one key reach the bound itself."""
+    in_blocks(monkeypatch, 16)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    q, k, v = qkv(20, 40, 8)
+    k = k.at[:, 0].multiply(4.0)
+    centred = k - k.mean(1, keepdims=True)
+    q = jnp.broadcast_to(centred[:, :1], q.shape)
+    highest = jnp.sqrt(jnp.square(q).sum(-1).max() * jnp.square(centred).sum(-1).max())
+    q = q * (0.99 * attention.SAFE * 8**0.5 / highest)
+    out, grads = torch_attention(*(np.asarray(x, np.float64) for x in (q, k, v)), 1, False)
+    actual, ours = value_and_gradients(lambda *a: attention.attend(*a, heads=1), q, k, v)
+    assert error(actual, out) < TOLERANCE
+    # One key takes nearly all: what is left of the gradient is rounding in the usual form, too.
+    monkeypatch.setattr(attention, "_centre", lambda q, k, v: (k, None))
+    _, usual = value_and_gradients(lambda *a: attention.attend(*a, heads=1), q, k, v)
+    for got, plain, expected in zip(ours, usual, grads, strict=True):
+        assert error(got, expected) < 2 * error(plain, expected) + TOLERANCE
+
+
+def test_half_values_are_never_weighed_by_what_they_cannot_hold(monkeypatch):
+    in_blocks(monkeypatch, 16)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    q, k, v = qkv(20, 40, 8, scale=2.5)
+    exact = attention.attend(q, k, v, heads=1)
+    assert error(attention.attend(q, k, v.astype(jnp.float16), heads=1), exact) < 0.01
 
 
 @pytest.mark.parametrize("length", [1, 77])
