@@ -57,7 +57,7 @@ def whole(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch, held = _scratch(out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
     try:
         with _interrupted():
             yield scratch
@@ -66,7 +66,7 @@ def whole(out: Path) -> Iterator[Path]:
             out.rmdir()
         scratch.rename(out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         if held is not None:

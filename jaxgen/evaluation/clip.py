@@ -21,7 +21,7 @@ from jaxgen.load import read_params
 from jaxgen.models.clip import FIXED, TextConfig, TextEncoder, VisionConfig, VisionEncoder
 from jaxgen.models.layers import linear
 from jaxgen.tasks.contrastive import MEAN, STD
-from jaxgen.types import Array, Params, UserError
+from jaxgen.types import Array, Params, UserError, full_precision
 from jaxgen.weights import files, rename
 
 BATCH = 64  # pictures or texts at a time
@@ -135,6 +135,7 @@ def _in_batches(embed: Any, rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames="vision")
+@full_precision
 def _see(params: Params, images: Array, *, vision: VisionEncoder) -> Array:
     pixels = (images / jnp.float32(255) - jnp.asarray(MEAN)) / jnp.asarray(STD)
     names = ("vision_model", "visual_projection")
@@ -142,6 +143,7 @@ def _see(params: Params, images: Array, *, vision: VisionEncoder) -> Array:
 
 
 @partial(jax.jit, static_argnames="text")
+@full_precision
 def _read(params: Params, ids: Array, *, text: TextEncoder) -> Array:
     encoder = replace(text, projected=False)
     _, pooled = encoder.apply({"text_model": params["text_model"]}, ids)
