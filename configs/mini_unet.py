@@ -3,9 +3,9 @@
     jaxgen train configs/mini_unet.py
 
 The last part: it denoises the latents of the autoencoder in jaxgen/assets/mini (of another one:
-`--task.model FOLDER`). The text encoder begins as the one there and learns on, since telling left from right is little use to a contrast of
-captions. The rate is constant and the average long, so that a run can go on for as long as there is
-time (`--steps`). Numbers are the project's own.
+`--task.model FOLDER`). The text encoder begins as the one there and learns on, since telling left
+from right is little use to a contrast of captions. The rate is constant and the average long, so
+that a run can go on for as long as there is time (`--steps`). Numbers are the project's own.
 """
 
 from pathlib import Path
