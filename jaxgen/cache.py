@@ -153,7 +153,7 @@ class Encoders:
         """B texts -> `embeddings`, float16 [B, T, D]; nothing where they are not stored."""
         if "text_encoder" not in self._tensors:
             return {}
-        ids = np.stack([base.tokens_of(self.model, caption) for caption in captions])
+        ids = np.stack([base.tokens_of(self.model.tokenizer, caption) for caption in captions])
         placed = sharding.place_batch({"ids": ids}, self._mesh)
         return {"embeddings": self._embeddings(self.params, placed)}
 

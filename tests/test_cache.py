@@ -142,7 +142,7 @@ def test_every_place_holds_what_the_model_makes_of_its_picture(photos, cached, m
     ours = take(4, recipe(cached, **data), task, start)
     posterior = quick_jit(partial(base.posterior_of, parts))
     text = quick_jit(partial(base.text_of, parts))
-    empty = base.tokens_of(parts, "")
+    empty = base.tokens_of(parts.tokenizer, "")
     dropped, differs = 0, 0
     for pictures, stored in zip(plain, ours):
         assert stored.keys() == {"mean", "std", "embeddings", "place"}
@@ -332,7 +332,7 @@ def test_where_the_text_encoder_learns_latents_alone_are_stored(photos, cached, 
     base.check_caches(task.build(parts), tensors, wanted.data)
     (batch,) = take(1, wanted, task.build(parts))
     assert batch.keys() == {"mean", "std", "ids", "place"}
-    np.testing.assert_array_equal(batch["ids"][0], base.tokens_of(parts, ""))
+    np.testing.assert_array_equal(batch["ids"][0], base.tokens_of(parts.tokenizer, ""))
     with pytest.raises(UserError, match=r"^text_encoder/.* learns, and .*/cached holds what"):
         base.check_caches(task.build(parts), tensors, recipe(cached).data)
 

@@ -48,7 +48,7 @@ def turned(key, array):
 
 def test_what_training_reads_of_a_fresh_encoder_is_the_encoders_own(fresh):
     theirs, model, params = fresh
-    ids = np.stack([base.tokens_of(model, caption) for caption in CAPTIONS])
+    ids = np.stack([base.tokens_of(model.tokenizer, caption) for caption in CAPTIONS])
     expected = theirs(torch.tensor(ids).long()).last_hidden_state
     weights = RNG.standard_normal(expected.shape).astype(np.float32)
     (expected * torch.tensor(weights)).sum().backward()
@@ -68,7 +68,7 @@ def test_what_training_reads_of_a_fresh_encoder_is_the_encoders_own(fresh):
 @torch.no_grad()
 def test_what_sampling_reads_of_a_fresh_encoder_is_the_encoders_own(fresh):
     theirs, model, params = fresh
-    ids = np.stack([base.tokens_of(model, caption) for caption in CAPTIONS])
+    ids = np.stack([base.tokens_of(model.tokenizer, caption) for caption in CAPTIONS])
     expected = theirs(torch.tensor(ids).long()).last_hidden_state.numpy()
     weights = np.ones(ids.shape, np.float32)
     weights[1, 2] = weights[3, 1] = 1.5

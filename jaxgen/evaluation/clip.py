@@ -20,6 +20,7 @@ from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.load import read_params
 from jaxgen.models.clip import FIXED, TextConfig, TextEncoder, VisionConfig, VisionEncoder
 from jaxgen.models.layers import linear
+from jaxgen.tasks.base import tokens_of
 from jaxgen.tasks.contrastive import MEAN, STD
 from jaxgen.types import Array, Params, UserError, full_precision
 from jaxgen.weights import files, rename
@@ -84,12 +85,7 @@ def embed_images(clip: Clip, images: Sequence[np.ndarray]) -> np.ndarray:
 
 def embed_texts(clip: Clip, texts: Sequence[str]) -> np.ndarray:
     """Texts, cut where the tokenizer's length ends -> unit vectors float32 [B, P]."""
-    tokenizer, rows = clip.tokenizer, []
-    for text in texts:
-        tokens = tokenizer.encode(text)[: tokenizer.length - 2]
-        row = np.full(tokenizer.length, tokenizer.pad, np.int32)
-        row[: len(tokens) + 2] = [tokenizer.bos, *tokens, tokenizer.eos]
-        rows.append(row)
+    rows = [tokens_of(clip.tokenizer, text) for text in texts]
     return _in_batches(partial(_read, clip.params, text=clip.text), rows)
 
 

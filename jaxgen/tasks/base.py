@@ -12,6 +12,7 @@ import numpy as np
 from jaxgen import trees
 from jaxgen.conditioning import unit
 from jaxgen.data.pipeline import Images
+from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.denoiser import Model
 from jaxgen.types import Array, Params, UserError
 from jaxgen.weights.files import Tensors
@@ -82,9 +83,8 @@ def text_of(model: Model, params: Params, batch: Batch) -> Array:
     return model.text_encoder.apply(params["text_encoder"], batch["ids"])[0]
 
 
-def tokens_of(model: Model, caption: str) -> np.ndarray:
-    """A caption as int32 [T]: cut after 75 tokens, parentheses literal."""
-    tokenizer = model.tokenizer
+def tokens_of(tokenizer: Tokenizer, caption: str) -> np.ndarray:
+    """A caption as int32 [T]: cut where the tokenizer's length ends, parentheses literal."""
     tokens = tokenizer.encode(caption)[: tokenizer.length - 2]
     ids = np.full(tokenizer.length, tokenizer.pad, np.int32)
     ids[: len(tokens) + 2] = [tokenizer.bos, *tokens, tokenizer.eos]

@@ -97,4 +97,4 @@ def contrastive_loss(
 
 
 def _pair(example: Example, rng: np.random.Generator, *, model: Model) -> Example:
-    return {"image": example["image"], "ids": base.tokens_of(model, example["caption"])}
+    return {"image": example["image"], "ids": base.tokens_of(model.tokenizer, example["caption"])}

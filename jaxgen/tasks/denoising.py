@@ -173,7 +173,7 @@ def _captioned(example: Example, rng: np.random.Generator, *, model: Model) -> E
     """What text to image reads of an example: its picture, or what is cached of it, and tokens."""
     kept: Example = {k: example[k] for k in ("image", "mean", "std", "embeddings") if k in example}
     cached = "embeddings" in kept
-    return kept if cached else kept | {"ids": base.tokens_of(model, example["caption"])}
+    return kept if cached else kept | {"ids": base.tokens_of(model.tokenizer, example["caption"])}
 
 
 def _masked(example: Example, rng: np.random.Generator, *, model: Model, strokes: bool) -> Example:

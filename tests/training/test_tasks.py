@@ -200,7 +200,7 @@ def test_latents_that_have_not_changed_keep_their_scale():
 def test_editing_drops_three_equal_shares():
     task = Editing(model=TINY, dropout=0.1).build(open_model(TINY)[0])
     assert task.dropout == 0, "the data would drop instructions without their pictures"
-    rng, empty = np.random.default_rng(0), base.tokens_of(task.model, "")
+    rng, empty = np.random.default_rng(0), base.tokens_of(task.model.tokenizer, "")
     given = {"image": IMAGES[0], "original": IMAGES[1], "caption": "make it night"}
     found = Counter()
     for _ in range(4000):
