@@ -4,6 +4,7 @@ import itertools
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from jaxgen.data.examples import BadExample, Example, Source, patiently
 from jaxgen.data.order import Draw, Plain, Size
 from jaxgen.data.sources import open_source
 from jaxgen.data.tally import Tally
-from jaxgen.data.workers import check_grain, end, lost, read_ahead
+from jaxgen.data.workers import begun_deaf, check_grain, end, lost, read_ahead
 from jaxgen.types import UserError
 
 PIECE = 16  # rows that a thread makes at a time: few, for all threads and workers hold some
@@ -168,7 +169,7 @@ class Loader(Iterator[Batch]):
         make = Maker(data, self._sources, plan, finish, batch_size, pieces, seed)
         first = start * self._pieces
         reading = read_ahead(make, first, self._pieces, data.workers, data.threads)
-        self._reading = [reading]
+        self._reading, self._begun = [reading], False
         self.close = weakref.finalize(self, end, self._reading)  # at the latest at exit
 
     @property
@@ -205,8 +206,10 @@ class Loader(Iterator[Batch]):
         parts = []
         try:
             for _ in range(self._pieces):
-                with lost():
+                begin = nullcontext() if self._begun else begun_deaf()  # workers, at the first
+                with lost(), begin:
                     made = next(self._reading[0])
+                self._begun = True
                 self._tally.add(made["drawn"], made["bad"])
                 parts.append(made["rows"])
         except Exception:

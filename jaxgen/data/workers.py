@@ -11,6 +11,8 @@ from typing import Any
 from jaxgen.data.order import ENDLESS
 from jaxgen.types import UserError
 
+UNHEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def check_grain() -> None:
     """UserError, with the way out, where grain is not installed."""
@@ -58,14 +60,26 @@ def lost() -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def begun_deaf() -> Iterator[None]:
+    """Processes begun inside are deaf to the signals of `_serve` from their first instant.
+
+    They inherit the mask; this process hears what it was sent when the block ends.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, UNHEARD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(worker: int, workers: int) -> None:
     """Begins a worker: signals are for the process that it serves, which it does not outlive.
 
     A cluster sends SIGTERM to all processes of a job at once; the run still wants its last batch.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in UNHEARD:
+        signal.signal(number, signal.SIG_IGN)
     served = multiprocessing.parent_process()
 
     def follow() -> None:

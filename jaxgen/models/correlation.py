@@ -76,7 +76,7 @@ def patched(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 def compute(wanted: Wanted, a: Array, b: Array, geometry: Geometry) -> Array:
     """One of the three from the other two, in the form that is fastest on a CPU."""
     image, kernel = _image_and_kernel(wanted, a, b, geometry)
-    if geometry.simple and winograd.pays(image, kernel):
+    if geometry.simple and winograd.pays(image, kernel, gradient=wanted == "kernel"):
         if wanted == "kernel":
             return winograd.kernel_gradient(a, b)
         return winograd.convolve(a, b, transposed=wanted == "image")

@@ -63,17 +63,18 @@ DOUBLED = Form(
 )
 
 
-def pays(x: Array, kernel: Array, doubled: bool = False) -> bool:
-    """Whether a 3x3 convolution of stride 1 is faster this way.
+def pays(x: Array, kernel: Array, doubled: bool = False, gradient: bool = False) -> bool:
+    """Whether a 3x3 convolution of stride 1 is faster this way, or its kernel's gradient.
 
     Measured on x86: small images leave too little work to pay for transforming the kernel, except
     where the image is doubled (which saves more), and few channels too little to pay for
-    transforming the image (benchmarks/README.md).
+    transforming the image, unless it is the gradient of the kernel, at which XLA's form is slow
+    (benchmarks/README.md).
     """
     batch, height, width, inputs = x.shape
     exact = x.dtype in (jnp.float32, jnp.float64) and x.dtype == kernel.dtype
     large = doubled or batch * height * width >= 512
-    return exact and large and min(inputs, kernel.shape[-1]) >= 128
+    return exact and large and min(inputs, kernel.shape[-1]) >= (32 if gradient else 64)
 
 
 def convolve(

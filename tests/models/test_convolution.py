@@ -29,7 +29,7 @@ CASES = {  # kernel, stride, padding
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     """Each way that a convolution may be computed, whatever its size."""
-    monkeypatch.setattr(winograd, "pays", lambda *_: request.param == "Winograd")
+    monkeypatch.setattr(winograd, "pays", lambda *_, **__: request.param == "Winograd")
     monkeypatch.setattr(correlation, "_wide_and_small", lambda _: request.param == "patches")
     return request.param
 
@@ -39,10 +39,10 @@ def random(*shape, dtype=np.float32):
 
 
 def arguments(kernel=3, dtype=np.float32, height=9, width=14):
-    """Image, kernel, bias and norm."""
+    """Image, kernel, bias and norm; results are about one, or the sine's slope is all rounding."""
     norm = Affine(*(random(2, 1, 1, 8, dtype=dtype) for _ in range(3)))
-    image, taps = (2, height, width, 8), (kernel, kernel, 8, 5)
-    return *(random(*shape, dtype=dtype) for shape in (image, taps, (5,))), norm
+    taps = random(kernel, kernel, 8, 5, dtype=dtype) / (8**0.5 * kernel)
+    return random(2, height, width, 8, dtype=dtype), taps, random(5, dtype=dtype), norm
 
 
 def by_torch(x, kernel, bias, norm, stride, padding, doubled):
@@ -182,7 +182,7 @@ def test_winograd_gradients_do_fewer_products_than_the_plain_ones(form, monkeypa
 
 
 def test_a_gradient_meets_other_devices_outside_of_loops_alone(monkeypatch):
-    monkeypatch.setattr(winograd, "pays", lambda *_: True)
+    monkeypatch.setattr(winograd, "pays", lambda *_, **__: True)
     monkeypatch.setattr(winograd, "SUMMED", 1)
     mesh = sharding.data_mesh(4)
     x = sharding.split_batch(random(4, 16, 16, 8), mesh)

@@ -43,7 +43,7 @@ def ours(module, theirs, *inputs):
 def form(request, monkeypatch):
     """The ways a convolution may be computed, by hand: layers choose by size and platform."""
     if request.param == "Winograd":
-        monkeypatch.setattr(winograd, "pays", lambda *_: True)
+        monkeypatch.setattr(winograd, "pays", lambda *_, **__: True)
     if request.param == "accelerator":
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
@@ -183,7 +183,7 @@ def test_a_wide_convolution_matches_torch_in_the_form_chosen_for_it(stride):
 
 
 def test_devices_with_a_part_of_the_batch_do_not_wait_for_each_other(monkeypatch):
-    monkeypatch.setattr(winograd, "pays", lambda *_: True)
+    monkeypatch.setattr(winograd, "pays", lambda *_, **__: True)
     mesh = sharding.data_mesh(4)
     block = ResBlock(16, groups=4)
     x = sharding.split_batch(jnp.ones((4, 8, 8, 16)), mesh)

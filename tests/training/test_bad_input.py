@@ -7,6 +7,7 @@ import errno
 import gc
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -99,7 +100,7 @@ def train(*options, code=None):
 def one_line(capsys):
     """What was said, which is one line."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    lines = [line for line in lines if "it/s" not in line and "step/s" not in line]  # bars
+    lines = [line for line in lines if not re.match(r" *\d+%\|", line)]  # bars
     assert len(lines) == 1, lines
     assert lines[0].startswith("jaxgen: ")
     return lines[0]
