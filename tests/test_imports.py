@@ -24,6 +24,7 @@ FLOORS = [
     ["evaluation"],
     ["seedselect", "cache", "terminal"],
     ["__init__"],
+    ["commands"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,0 +1,48 @@
+"""`jaxgen data`: what jaxgen can draw itself, as a folder of pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from jaxgen.save import check_new
+from jaxgen.types import UserError
+
+
+@dataclass(frozen=True)
+class Data:
+    """Write data that jaxgen makes itself as an image folder: look at it, or train on it.
+
+    jaxgen data emoji_scenes --out scenes --count 1000
+
+    jaxgen train configs/mini.py --data.source scenes
+
+    Beside the pictures and metadata.jsonl, with captions, boxes and their phrases, it holds PNG
+    files of masks, segmentations, edges and line art. `--data.source emoji_scenes` or
+    `emoji_scenes:test` trains on the same scenes without writing any.
+    """
+
+    name: Positional[str]
+    """emoji_scenes: one to three real emoji on coloured backgrounds, 64x64 pixels."""
+    out: Path
+    """A new or empty folder for the pictures."""
+    split: str = "train"
+    """train, validation or test; with _even behind, rare subjects are as frequent; or held."""
+    count: int = 1000
+    """Scenes to write: the first of the split."""
+    seed: int = 0
+    """Another one gives other scenes."""
+
+    def run(self) -> None:
+        """All of it or nothing."""
+        from jaxgen.data.emoji_scenes import scenes as emoji_scenes
+        from jaxgen.data.export import export
+
+        if self.name != emoji_scenes.NAME:
+            raise UserError(f"no data {self.name[:80]!r}; there is {emoji_scenes.NAME}")
+        check_new(self.out)
+        ref = f"{self.name}:{self.split}"
+        source = emoji_scenes.EmojiScenes(ref, columns=emoji_scenes.PICTURES, seed=self.seed)
+        export(source, self.out, self.count)
+        made = "1 scene is" if self.count == 1 else f"{self.count} scenes are"
+        print(f"{made} in {self.out}; to train on them: --data.source {self.out}")

@@ -1,0 +1,147 @@
+"""`jaxgen sample`: pictures from prompts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from jaxgen import generate, request, sharding, terminal
+from jaxgen.data import images, latents
+from jaxgen.denoiser import Model
+from jaxgen.load import DTYPES, open_model, read_params
+from jaxgen.output import Writer
+from jaxgen.types import UserError
+
+Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sample pictures from prompts.
+
+    Writes 00000.png ..., grid.png and samples.jsonl; every PNG carries its settings.
+
+    jaxgen sample "a fox in snow" "an owl" --model FOLDER --count 4 --seed 7
+
+    jaxgen sample "a fox in snow" --model FOLDER --image photo.png --strength 0.6
+
+    jaxgen sample "a red hat" --model FOLDER --image photo.png --mask hat.png
+    """
+
+    prompt: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PROMPT ...]")] = ()
+    """What to show. `(word:1.3)` weighs a word; `\\(` is a parenthesis."""
+    prompts: Path | None = None
+    """A file of more prompts, one a line."""
+    model: str | None = None
+    """A folder in the diffusers layout, a hub id, or a single safetensors file."""
+    prediction: str | None = None
+    """What the network predicts, where a single file does not say: epsilon or v_prediction."""
+    negative: str = ""
+    """What to lead away from."""
+    steps: int = 30
+    """Steps of a full run; up to 1000 without a new compilation."""
+    sampler: str | None = None
+    """ddim, ddpm, euler, euler_a, dpmpp, pndm or lcm; by default the model's own."""
+    guidance: float = 7.5
+    """Scale of classifier-free guidance; 1 or less turns it off."""
+    image_guidance: float | None = None
+    """For models that edit pictures: how closely to follow the picture; 1.5 by default."""
+    rescale: float = 0.0
+    """Share of the guided prediction brought back to the unguided contrast, 0 to 1."""
+    guidance_interval: str = "0,1"
+    """Part of the run in which guidance acts, as fractions: from,to."""
+    eta: float = 0.0
+    """DDIM's share of fresh noise, 0 to 1."""
+    karras: bool = False
+    """Noise levels of Karras et al. 2022, for euler and dpmpp."""
+    clip_skip: int = 0
+    """Layers of the text encoder to leave out at its end."""
+    seed: int = 0
+    """Image i of a prompt depends on (seed, i), not on the batch or the devices."""
+    count: int = 1
+    """Images for each prompt."""
+    batch: int | None = None
+    """Images at once over all devices; by default 1 per CPU, 4 per accelerator."""
+    size: str | None = None
+    """WIDTHxHEIGHT in pixels; by default the model's own, or the picture's."""
+    image: Path | None = None
+    """A picture to start from, or to edit."""
+    strength: float | None = None
+    """How far to leave the picture: above 0, at most 1; 0.8 by default."""
+    mask: Path | None = None
+    """White is repainted, black stays; of the picture's size."""
+    control: Repeated = ()
+    """ControlNet: REF=[ANNOTATOR:]FILE[@SCALE]. Not in this version."""
+    control_range: Repeated = ()
+    """Part of the run in which a ControlNet acts: from,to. Not in this version."""
+    guess: bool = False
+    """ControlNet without a prompt. Not in this version."""
+    box: Repeated = ()
+    """Grounding: "PHRASE@x0,y0,x1,y1". Not in this version."""
+    demo: Repeated = ()
+    """A subject in context: "FILE@CAPTION". Not in this version."""
+    lora: Repeated = ()
+    """LoRA: FILE[@SCALE]. Not in this version."""
+    token: Repeated = ()
+    """Textual Inversion: FILE. Not in this version."""
+    latents: Path | None = None
+    """Starting noise: .npy float32 [N, H/f, W/f, C], or a seed.npz."""
+    dtype: str = "f32"
+    """f32, or bf16 for accelerators."""
+    out: Path = Path("samples")
+    """Folder for the pictures; a folder in use is added to."""
+
+    def run(self) -> None:
+        """Checks everything, then compiles, then samples."""
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
+        terminal.use_compile_cache()
+        with terminal.notices_after():
+            model, tensors = open_model(self.model, prediction=self.prediction)
+            self._refuse_branches(model)
+            checked = request.plan(model, self._request(model))
+            writer = Writer(self.out, model, checked, self.dtype)
+        params = read_params(tensors, self.dtype, sharding.by_rules(generate.mesh_for(checked)))
+        writer.write_all(params)
+        made = "1 picture is" if writer.count == 1 else f"{writer.count} pictures are"
+        print(f"{made} in {self.out}; see {self.out / 'grid.png'}")
+
+    def _refuse_branches(self, model: Model) -> None:
+        for name in ("control", "control_range", "guess", "box", "demo", "lora", "token"):
+            if getattr(self, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')}: {model.name} has no such branch, "
+                    "and this version of jaxgen loads none; leave the option out"
+                )
+
+    def _request(self, model: Model) -> request.Request:
+        prompts = [*self.prompt, *(terminal.read_lines(self.prompts) if self.prompts else ())]
+        noise = None
+        if self.latents:
+            noise, found = latents.read_latents(self.latents)
+            sampler = request.read_schedule(model, self.sampler, self.karras).sampler
+            here = {"sampler": sampler, "steps": self.steps, "guidance": self.guidance}
+            latents.check_settings(self.latents, found, here | {"model": Path(model.name).name})
+        return request.Request(
+            prompts=prompts,
+            negative=self.negative,
+            steps=self.steps,
+            sampler=self.sampler,
+            guidance=self.guidance,
+            image_guidance=self.image_guidance,
+            rescale=self.rescale,
+            guidance_interval=terminal.read_pair(self.guidance_interval, "--guidance-interval"),
+            eta=self.eta,
+            karras=self.karras,
+            clip_skip=self.clip_skip,
+            seed=self.seed,
+            count=self.count,
+            batch=self.batch,
+            size=terminal.read_size(self.size),
+            image=images.read_image(self.image) if self.image else None,
+            strength=self.strength,
+            mask=images.read_mask(self.mask) if self.mask else None,
+            latents=noise,
+        )
