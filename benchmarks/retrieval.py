@@ -6,6 +6,7 @@ Scenes of emoji_scenes' test split, which no training sees, a hundred at a time;
 some of what a scene shows unsaid, and two of a hundred can be nearly alike. Prints Markdown.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Bench:
 
 def main(bench: Bench) -> None:
     clip, scenes = open_clip(bench.folder), EmojiScenes(f"emoji_scenes:{bench.split}")
+    if not 0 < bench.groups * AMONG <= len(scenes):
+        sys.exit(f"--groups {bench.groups}: {bench.split} has {len(scenes) // AMONG} hundreds")
     found = []
     for group in range(bench.groups):
         examples = [scenes.read(group * AMONG + i) for i in range(AMONG)]

@@ -13,7 +13,9 @@ from pathlib import Path
 from jaxgen.training.recipe import EMA, AdamW, Images, Samples, TextToImage, Train
 
 config = Train(
-    task=TextToImage(model="fresh:mini", learn=("unet/", "text_encoder/"), snr_gamma=5.0),
+    task=TextToImage(
+        model="mini", fresh=("unet",), learn=("unet/", "text_encoder/"), snr_gamma=5.0
+    ),
     data=Images(source="tests/assets/emoji", size=64, flip=True),
     optimizer=AdamW(learning_rate=1e-3, warmup=20, schedule="cosine"),
     ema=EMA(decay=0.95),

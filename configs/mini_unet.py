@@ -2,10 +2,10 @@
 
     jaxgen train configs/mini_unet.py
 
-The last part: it denoises the latents of the autoencoder in jaxgen/assets/mini (of another one:
-`--task.model FOLDER`). The text encoder begins as the one there and learns on, since telling left
-from right is little use to a contrast of captions. The rate is constant and the average long, so
-that a run can go on for as long as there is time (`--steps`). Numbers are the project's own.
+The last part: it denoises the latents of the model that it starts from, the embedded one, or one
+that is made anew (`--task.model runs/mini_clip/model`). The text encoder learns on, since telling
+left from right is little use to a contrast of captions. The rate is constant and the average long,
+so that a run can go on for as long as there is time (`--steps`). Numbers are the project's own.
 """
 
 from pathlib import Path
@@ -14,12 +14,12 @@ from jaxgen.training.recipe import EMA, AdamW, Images, Samples, TextToImage, Tra
 
 config = Train(
     task=TextToImage(
-        model="fresh:mini", fresh=("unet",), learn=("unet/", "text_encoder/"), snr_gamma=5.0
+        model="mini", fresh=("unet",), learn=("unet/", "text_encoder/"), snr_gamma=5.0
     ),
     data=Images(source="emoji_scenes", size=64, caption_dropout=0.1),
-    optimizer=AdamW(learning_rate=5e-4, warmup=500, weight_decay=1e-2),
+    optimizer=AdamW(learning_rate=1e-3, warmup=500, weight_decay=1e-2),
     ema=EMA(decay=0.999),
-    batch_size=64,
+    batch_size=32,
     steps=20_000,
     samples=Samples(
         prompts=(

@@ -16,8 +16,8 @@ config = Train(
     data=Images(source="emoji_scenes", size=64),
     optimizer=AdamW(learning_rate=2e-3, warmup=100, schedule="cosine", weight_decay=1e-4),
     ema=EMA(decay=0.99),
-    batch_size=16,
-    steps=4000,
-    save_every=200,
+    batch_size=8,
+    steps=5000,
+    save_every=400,
     out=Path("runs/mini_vae"),
 )

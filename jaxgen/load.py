@@ -34,6 +34,7 @@ PIPELINES = (
 )
 ASSETS = Path(__file__).parent / "assets"
 CLIP_TOKENIZER = ASSETS / "clip_tokenizer"
+EMBEDDED = ASSETS / "mini"  # a model folder like any other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,8 @@ def load(
 
     Args:
         ref: a folder in the diffusers layout, a hub id, a single safetensors file, or
-            `fresh:NAME`, an architecture of the zoo with random parameters.
+            `fresh:NAME`, an architecture of the zoo with random parameters; None or "mini" is
+            the embedded model.
         dtype: "f32" or "bf16", of the parameters and so of the computation; None keeps each
             tensor's own (float64 becomes float32).
         variant: e.g. "fp16", to choose among the files of a folder.
@@ -120,11 +122,11 @@ def open_model(
     for name in PARTS:
         tensors[name] = rename.by_path(released[name])
         expected = trees.shapes(getattr(model, name).init)
-        files.report(_keys(trees.flatten(expected)), _keys(tensors[name]), f"{ref}: {name}")
+        files.report(_keys(trees.flatten(expected)), _keys(tensors[name]), f"{ref or path}: {name}")
         whole = [p for p, tensor in tensors[name].items() if tensor.dtype not in files.FLOATS]
         if whole:
             raise UserError(f"{ref}: {name}: {rename.to_key(whole[0])} holds no floating numbers")
-    return dataclasses.replace(model, name=str(ref)), tensors
+    return dataclasses.replace(model, name=str(ref or EMBEDDED.name)), tensors
 
 
 def _predicting(model: Model, prediction: str | None) -> Model:
@@ -155,16 +157,14 @@ def read_params(
 
 def find(ref: str | Path | None, variant: str = "") -> Path:
     """The folder or file that `ref` names, fetched from the hub if it is an id."""
-    if ref is None:
-        raise UserError(
-            "the embedded model does not ship yet; name a folder, hub id or file (--model)"
-        )
-    path = Path(ref)
+    path = Path(EMBEDDED if ref is None else ref)
     try:
         if path.exists():
             return path
     except OSError as error:
         raise UserError(f"no model {str(ref)[:80]}: {error.strerror}") from None
+    if str(ref) == EMBEDDED.name:  # a folder of that name comes first
+        return EMBEDDED
     if hub.is_id(str(ref)) and not path.parent.is_dir():
         return hub.fetch(str(ref), variant)
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -250,20 +250,19 @@ def _open_single(path: Path, prediction: str | None) -> tuple[Model, dict[str, T
 
 
 def _open_fresh(ref: str, seed: int) -> tuple[Model, dict[str, Tensors]]:
-    """An architecture of the zoo; parts that ship trained are in the assets, under its name."""
-    configs = dict(zoo.configs(ref))
-    shipped, assets = {}, ASSETS / ref.removeprefix(zoo.PREFIX)
-    for name, part in PARTS.items():
-        folder = assets / part.folder
-        if folder.is_dir():
-            configs[name] = _typed(config.read_json(folder / "config.json"), part, folder)
-            shipped[name] = rename.by_path(files.open_folder(folder, part.stem, ""))
+    """An architecture of the zoo; the embedded model's reads the vocabulary of that."""
+    configs = zoo.configs(ref)
     networks = {name: part.read(configs[name], f"{ref}: {name}") for name, part in PARTS.items()}
-    own = assets / "tokenizer"
-    tokenizer = Tokenizer.read(own) if own.is_dir() else _clip_tokenizer(networks["text_encoder"])
-    model = Model(**networks, tokenizer=tokenizer, scheduler=configs["scheduler"], name=ref)
+    small = ref == f"{zoo.PREFIX}{EMBEDDED.name}"
+    tokenizer = Tokenizer.read(EMBEDDED / "tokenizer") if small else None
+    model = Model(
+        **networks,
+        tokenizer=tokenizer or _clip_tokenizer(networks["text_encoder"]),
+        scheduler=configs["scheduler"],
+        name=ref,
+    )
     _check(model)
-    return model, {n: shipped.get(n) or zoo.fresh(getattr(model, n), n, seed) for n in PARTS}
+    return model, {name: zoo.fresh(getattr(model, name), name, seed) for name in PARTS}
 
 
 def _clip_tokenizer(encoder: TextEncoder) -> Tokenizer:

@@ -82,8 +82,12 @@ def _scratch(out: Path) -> tuple[Path, int | None]:
             if held is not None:
                 shutil.rmtree(left, ignore_errors=True)
                 os.close(held)
-    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-    return scratch, hold(scratch, "--out")
+    while True:  # until nobody took it for one that was left, before it was held
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+        with suppress(UserError, FileNotFoundError):
+            held = hold(scratch, "--out")
+            if scratch.exists():
+                return scratch, held
 
 
 @contextmanager

@@ -78,7 +78,8 @@ _MINI = _changed(
     _SD15,
     unet={
         "sample_size": 16,
-        "block_out_channels": [64, 128, 160],
+        "block_out_channels": [48, 96, 160],
+        "norm_num_groups": 16,
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
         "layers_per_block": 1,
@@ -86,11 +87,11 @@ _MINI = _changed(
         "cross_attention_dim": 128,
     },
     vae={
-        "block_out_channels": [32, 64, 64],
+        "block_out_channels": [16, 32, 64],
         "down_block_types": ["DownEncoderBlock2D"] * 3,
         "up_block_types": ["UpDecoderBlock2D"] * 3,
         "layers_per_block": 1,
-        "norm_num_groups": 16,
+        "norm_num_groups": 8,
         "sample_size": 64,
     },
     text_encoder={

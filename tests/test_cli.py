@@ -200,7 +200,6 @@ UNET = "tiny/unet/diffusion_pytorch_model.safetensors"
 BAD = {
     "missing folder": (None, ["--model", "nowhere"], "nowhere"),
     "misspelt folder": (None, ["--model", "tinny"], "did you mean tiny"),
-    "no model named": (None, [], "embedded model does not ship yet"),
     "truncated weights": (lambda: spoil(UNET, weights()[:5000]), ["tiny"], UNET),
     "empty weights": (lambda: spoil(UNET, b""), ["tiny"], "is empty"),
     "other weights": (lambda: spoil(UNET, b"PK\3\4" + bytes(4000)), ["tiny"], "not safetensors"),

@@ -23,7 +23,7 @@ class Sample:
 
     Writes 00000.png ..., grid.png and samples.jsonl; every PNG carries its settings.
 
-    jaxgen sample "a fox in snow" "an owl" --model FOLDER --count 4 --seed 7
+    jaxgen sample "a fox, flat style" "an owl" --count 4 --seed 7     # by the embedded model
 
     jaxgen sample "a fox in snow" --model FOLDER --image photo.png --strength 0.6
 
@@ -35,7 +35,8 @@ class Sample:
     prompts: Path | None = None
     """A file of more prompts, one a line."""
     model: str | None = None
-    """A folder in the diffusers layout, a hub id, or a single safetensors file."""
+    """A folder in the diffusers layout, a hub id, or a single safetensors file; by default the
+    embedded model: emoji on coloured backgrounds, 64x64."""
     prediction: str | None = None
     """What the network predicts, where a single file does not say: epsilon or v_prediction."""
     negative: str = ""

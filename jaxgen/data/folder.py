@@ -28,25 +28,32 @@ class Folder(Source):
         caption: the column of captions; "" takes `text`, or else `caption`.
         columns: further columns that each line must have. Those that name pictures, such as
             `mask`, `hint_file_name` or `edited`, are read; all that are not asked for are not.
+        listing: the name of the list, where it is another one of the same kind.
 
     Raises:
         UserError: for the first line that is damaged, lacks a column, or leaves the folder.
     """
 
-    def __init__(self, path: Path, caption: str = "", columns: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        path: Path,
+        caption: str = "",
+        columns: tuple[str, ...] = (),
+        listing: str = METADATA,
+    ):
         self.ref = str(path)
         self._root = path.resolve()
-        self._metadata = self._root / METADATA
+        self._metadata = self._root / listing
         self._caption = caption
         self._columns = columns
         self._crc = 0
         places = []
         for number, place, line in self._lines():
-            self._check(self._parse(line, number), f"{path / METADATA}: line {number}")
+            self._check(self._parse(line, number), f"{path / listing}: line {number}")
             self._crc = zlib.crc32(line, self._crc)
             places.append((place, place + len(line)))
         if not places:
-            raise UserError(f"{path / METADATA} is empty; it should have one line for each picture")
+            raise UserError(f"{path / listing} is empty; it should have one line for each picture")
         self._places = np.array(places, np.int64)
 
     def _lines(self) -> Iterator[tuple[int, int, bytes]]:
@@ -105,11 +112,11 @@ class Folder(Source):
 
     def _record(self, i: int) -> dict[str, Any]:
         start, stop = self._places[i].tolist()
-        with examples.guard(f"{self.ref}/{METADATA}, picture {i}"):
+        with examples.guard(self._shown(f"{self._metadata.name}, picture {i}")):
             with self._metadata.open("rb") as file:
                 file.seek(start)
                 record = json.loads(file.read(stop - start))
-            self._check(record, METADATA)  # it may have changed since
+            self._check(record, self._metadata.name)  # it may have changed since
             return record
 
     def _file(self, name: str) -> Path:
@@ -125,9 +132,9 @@ class Folder(Source):
 
     def read(self, i: int, least: int | None = None) -> Example:
         record = self._record(i)
-        caption = examples.pick_caption(record, self._caption, METADATA)
+        caption = examples.pick_caption(record, self._caption, self._metadata.name)
         found = {"image": "file_name"}
-        found |= examples.pick_pictures(record, self._columns, METADATA)
+        found |= examples.pick_pictures(record, self._columns, self._metadata.name)
         example = {k: v for k, v in record.items() if not examples.is_picture(k)}
         for column, key in found.items():
             name = record[key]

@@ -21,7 +21,7 @@ from jaxgen.load import read_params
 from jaxgen.models.clip import FIXED, TextConfig, TextEncoder, VisionConfig, VisionEncoder
 from jaxgen.models.layers import linear
 from jaxgen.tasks.base import tokens_of
-from jaxgen.tasks.contrastive import MEAN, STD
+from jaxgen.tasks.contrastive import pixels_of
 from jaxgen.types import Array, Params, UserError, full_precision
 from jaxgen.weights import files, rename
 
@@ -67,8 +67,17 @@ def open_clip(folder: str | Path) -> Clip:
     expected = trees.flatten({**trees.shapes(text.init), **trees.shapes(vision.init)})
     expected["logit_scale"] = jax.ShapeDtypeStruct((), jnp.float32)
     files.report(_shapes(expected), _shapes(tensors), str(folder))
-    params = read_params({"clip": tensors})["clip"]
-    return Clip(text, vision, params, Tokenizer.read(folder))
+    whole = [path for path, tensor in tensors.items() if tensor.dtype not in files.FLOATS]
+    if whole:
+        raise UserError(f"{folder}: {rename.to_key(whole[0])} holds no floating numbers")
+    tokenizer = Tokenizer.read(folder)
+    known, places = text.config.vocab_size, text.config.max_position_embeddings
+    if tokenizer.size > known or tokenizer.length > places:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokenizer.size} tokens and fills {tokenizer.length} "
+            f"places, its text encoder {known} and {places}"
+        )
+    return Clip(text, vision, read_params({"clip": tensors})["clip"], tokenizer)
 
 
 def _shapes(flat: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -91,18 +100,25 @@ def embed_texts(clip: Clip, texts: Sequence[str]) -> np.ndarray:
 
 def clip_score(clip: Clip, images: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
     """100 max(cos, 0) of each picture and its text, float32 [B] (Hessel et al. 2021, w = 100)."""
+    _check_pairs(images, texts)
     cosines = (embed_images(clip, images) * embed_texts(clip, texts)).sum(-1)
     return 100 * np.maximum(cosines, 0)
 
 
 def retrieval(clip: Clip, images: Sequence[np.ndarray], texts: Sequence[str]) -> dict[str, float]:
     """Shares of pictures whose text is nearest of all, and of texts whose picture is."""
+    _check_pairs(images, texts)
     scores = embed_images(clip, images) @ embed_texts(clip, texts).T
     own = np.arange(len(scores))
     return {
         "caption of a picture": float((scores.argmax(1) == own).mean()),
         "picture of a caption": float((scores.argmax(0) == own).mean()),
     }
+
+
+def _check_pairs(images: Sequence[np.ndarray], texts: Sequence[str]) -> None:
+    if len(images) != len(texts):
+        raise UserError(f"{len(images)} pictures have {len(texts)} texts; each needs one")
 
 
 def _resized(image: np.ndarray, side: int) -> np.ndarray:
@@ -133,9 +149,8 @@ def _in_batches(embed: Any, rows: Sequence[np.ndarray]) -> np.ndarray:
 @partial(jax.jit, static_argnames="vision")
 @full_precision
 def _see(params: Params, images: Array, *, vision: VisionEncoder) -> Array:
-    pixels = (images / jnp.float32(255) - jnp.asarray(MEAN)) / jnp.asarray(STD)
     names = ("vision_model", "visual_projection")
-    return _unit(vision.apply({name: params[name] for name in names}, pixels)[1])
+    return _unit(vision.apply({name: params[name] for name in names}, pixels_of(images))[1])
 
 
 @partial(jax.jit, static_argnames="text")

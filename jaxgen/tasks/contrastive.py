@@ -83,8 +83,7 @@ def contrastive_loss(
 ) -> tuple[Array, Metrics]:
     """The mean cross entropy of finding the caption of a picture, and the picture of a caption."""
     clip = params["clip"]
-    pixels = (batch["image"] / jnp.float32(255) - jnp.asarray(MEAN)) / jnp.asarray(STD)
-    _, seen = vision.apply(clip, pixels)
+    _, seen = vision.apply(clip, pixels_of(batch["image"]))
     _, pooled = model.text_encoder.apply(params["text_encoder"], batch["ids"])
     said = linear(clip["text_projection"], pooled)
 
@@ -94,6 +93,11 @@ def contrastive_loss(
     found = [jnp.diag(jax.nn.log_softmax(s)) for s in (scores, scores.T)]
     right = (scores.argmax(-1) == jnp.arange(len(scores))).mean()
     return -(found[0] + found[1]).mean() / 2, {"right": right, "scale": scale}
+
+
+def pixels_of(images: Array) -> Array:
+    """uint8 [B, H, W, 3] -> float32, as CLIP's image encoder reads them."""
+    return (images / jnp.float32(255) - jnp.asarray(MEAN)) / jnp.asarray(STD)
 
 
 def _pair(example: Example, rng: np.random.Generator, *, model: Model) -> Example:

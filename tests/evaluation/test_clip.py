@@ -91,3 +91,16 @@ def test_what_is_no_clip_is_one_line(folder, tmp_path, damage):
         assert "vision_model.encoder.layers.2.mlp.fc1.weight" in str(raised.value)
     else:
         assert "\n" not in str(raised.value)
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "clip")
+    path = tmp_path / "clip" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 77}))
+    with pytest.raises(UserError, match="fills 77 places, its text encoder 1199 and 40"):
+        clip.open_clip(tmp_path / "clip")
+
+
+def test_each_picture_needs_a_text(folder):
+    with pytest.raises(UserError, match="4 pictures have 3 texts"):
+        clip.clip_score(clip.open_clip(folder), pictures(), TEXTS[:3])

@@ -20,7 +20,11 @@ def losses(part, out, cache):
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "jaxgen", "train", str(ROOT / f"configs/mini_{part}.py")]
     done = subprocess.run(
-        [*command, *SHORT, "--out", str(out)], env=environment, capture_output=True, text=True
+        [*command, *SHORT, "--out", str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     lines = (out / "metrics.jsonl").read_text().splitlines()

@@ -1,0 +1,89 @@
+"""Whether samples are copies: the nearest of all training scenes to each, at pixel level.
+
+    jaxgen sample --prompts PROMPTS --count 1 --out SAMPLES
+    python benchmarks/memorised.py SAMPLES
+
+The same is asked of as many real scenes of the test split, which cannot be copies: what is as far
+from the training scenes as they are is no copy either. All 100,000 training scenes are drawn and
+compared; a distance is the root mean square over pixels and channels, in levels of 255. Writes a
+picture of the nearest pairs. Two minutes on two cores. Prints Markdown.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from jaxgen.data.emoji_scenes.scenes import EmojiScenes
+from jaxgen.data.images import grid
+from jaxgen.evaluation import report
+
+AT_ONCE = 1000  # training scenes
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure."""
+
+    samples: tyro.conf.Positional[str]
+    """A folder that `jaxgen sample` filled."""
+    count: int = 200
+    """How many of its pictures, the first ones."""
+    scenes: int = 100_000
+    """How many training scenes, the first ones."""
+    pairs: Path = Path("nearest.png")
+    """The eight nearest pairs: a row of samples, and the training scenes below it, twice."""
+
+
+@jax.jit
+def squares(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Squared distances of rows [N, D] and [M, D] -> [N, M]."""
+    product = jnp.matmul(a, b.T, precision="highest")
+    return jnp.square(a).sum(-1)[:, None] - 2 * product + jnp.square(b).sum(-1)
+
+
+def nearest(pictures: np.ndarray, train: EmojiScenes, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each picture [N, 64, 64, 3]: the distance to its nearest training scene, and which."""
+    rows = lambda images: jnp.asarray(images, jnp.float32).reshape(len(images), -1) - 127.5  # noqa: E731
+    ours, best = rows(pictures), np.full(len(pictures), np.inf)
+    which = np.zeros(len(pictures), np.int64)
+    with ThreadPoolExecutor(2) as pool:
+        for start in tqdm(range(0, count, AT_ONCE), unit="thousand"):
+            stop = min(start + AT_ONCE, count)
+            images = np.stack([*pool.map(lambda i: train.read(i)["image"], range(start, stop))])
+            found = np.asarray(squares(ours, rows(images)))
+            at = found.argmin(1)
+            closer = found.min(1) < best
+            which[closer], best[closer] = start + at[closer], found.min(1)[closer]
+    return np.sqrt(np.maximum(best, 0) / ours.shape[1]), which
+
+
+def main(bench: Bench) -> None:
+    train, test = EmojiScenes("emoji_scenes"), EmojiScenes("emoji_scenes:test")
+    made, _ = report.read_all(report.open_pictures(bench.samples), bench.count)
+    real = [test.read(i)["image"] for i in range(bench.count)]
+    pictures = np.stack([*made, *real])
+    distances, which = nearest(pictures, train, bench.scenes)
+    print(f"{bench.count} samples, {bench.count} test scenes, {bench.scenes} training scenes\n")
+    print("| distance to the nearest training scene | least | 5 % | median | 95 % |")
+    print("|---|---|---|---|---|")
+    ours, theirs = distances[: bench.count], distances[bench.count :]
+    for name, some in (("samples", ours), ("test scenes", theirs)):
+        shown = " | ".join(f"{q:.1f}" for q in np.percentile(some, (0, 5, 50, 95)))
+        print(f"| {name} | {shown} |")
+    closer = (ours < theirs.min()).mean()
+    print(f"\nsamples nearer to a training scene than every test scene is: {closer:.1%}")
+    order = ours.argsort()[:8]
+    below = np.stack([train.read(int(which[i]))["image"] for i in order])
+    rows = np.stack([pictures[order[:4]], below[:4], pictures[order[4:]], below[4:]])
+    Image.fromarray(grid(rows.reshape(-1, *rows.shape[2:]))).save(bench.pairs)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, description=__doc__))

@@ -1,0 +1,94 @@
+"""How well the embedded model does what prompts say: the table of its card.
+
+    python benchmarks/quality.py
+
+Samples the captions of 500 scenes of emoji_scenes' test split, which no training sees, and judges
+the pictures; beside them the real scenes of these captions (the ceiling), and real scenes under
+each other's captions (chance). Rare subjects have a table of their own, from test_even. Some
+minutes on two cores. Prints Markdown.
+"""
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from jaxgen.data.emoji_scenes.scenes import EmojiScenes
+from jaxgen.evaluation import report
+from jaxgen.evaluation.report import Report
+from jaxgen.load import EMBEDDED
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure."""
+
+    model: str = EMBEDDED.name
+    """What `jaxgen sample --model` takes."""
+    count: int = 500
+    """Prompts of each split."""
+    steps: int = 20
+    guidance: float = 4.0
+    batch: int = 20
+    splits: tuple[str, ...] = ("test", "test_even")
+    inception: Path | None = None
+    """For FID and KID, as train/port_inception.py makes it."""
+    out: Path | None = None
+    """Where the samples stay; by default they do not."""
+
+
+def sampled(bench: Bench, captions: list[str], out: Path) -> Path:
+    """The captions as prompts, one picture each, in a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    prompts = out / "prompts.txt"
+    prompts.write_text("\n".join(captions) + "\n", "utf-8")
+    command = [sys.executable, "-m", "jaxgen", "sample", "--prompts", str(prompts)]
+    command += ["--model", bench.model, "--steps", str(bench.steps), "--out", str(out)]
+    command += ["--guidance", str(bench.guidance), "--batch", str(bench.batch)]
+    subprocess.run(command, check=True)
+    return out
+
+
+def table(columns: dict[str, Report]) -> str:
+    """One row for each thing that captions ask for."""
+    names = list(columns["samples"].right)
+    lines = [f"| | asked | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for name in names:
+        found = [column.right.get(name, (0, 0)) for column in columns.values()]
+        shares = [f"{right / asked:.1%}" if asked else "" for right, asked in found]
+        lines.append(f"| {name} | {found[0][1]} | {' | '.join(shares)} |")
+    for name in ("clip_score", "fid"):
+        values = [getattr(column, name) for column in columns.values()]
+        if any(value is not None for value in values):
+            shown = ["" if value is None else f"{value:.2f}" for value in values]
+            lines.append(f"| {name} | | {' | '.join(shown)} |")
+    if any(column.kid for column in columns.values()):
+        shown = [f"{1000 * c.kid[0]:.2f}" if c.kid else "" for c in columns.values()]
+        lines.append(f"| KID x 1000 | | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def main(bench: Bench) -> None:
+    clip = EMBEDDED / "clip"
+    for split in bench.splits:
+        scenes = EmojiScenes(f"emoji_scenes:{split}")
+        images, captions = report.read_all(scenes, bench.count)
+        # Real scenes that are neither those nor seen in training, as a measure of distances.
+        others = [scenes.read(i)["image"] for i in range(bench.count, 2 * bench.count)]
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = sampled(bench, captions, (bench.out or Path(scratch)) / split)
+            made, _ = report.read_all(report.open_pictures(str(folder)), bench.count)
+        columns = {
+            "samples": report.evaluate(made, captions, clip, bench.inception, others),
+            "real scenes": report.evaluate(images, captions, clip, bench.inception, others),
+            "chance": report.evaluate(images, [*captions[1:], captions[0]], clip),
+        }
+        print(f"\n{split}: {bench.count} prompts, {bench.steps} steps, guidance {bench.guidance}\n")
+        print(table(columns))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, description=__doc__))

@@ -1,0 +1,63 @@
+"""What the embedded model's autoencoder makes of scenes that it has not seen.
+
+    python benchmarks/reconstruction.py
+
+PSNR and SSIM of scenes of emoji_scenes' test split, and of subjects that no training shows, coded
+to the mean of the posterior and decoded. Prints Markdown.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import tyro
+
+import jaxgen
+from jaxgen.conditioning import unit
+from jaxgen.data.emoji_scenes.scenes import EmojiScenes
+from jaxgen.denoiser import Model
+from jaxgen.evaluation import report
+from jaxgen.evaluation.fidelity import psnr, ssim
+from jaxgen.types import Params
+
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure."""
+
+    model: str = "mini"
+    """What `jaxgen.load` takes."""
+    count: int = 500
+    """Scenes of each split."""
+    splits: tuple[str, ...] = ("test", "held")
+
+
+def copies(model: Model, params: Params, pictures: np.ndarray) -> np.ndarray:
+    """Pictures uint8 [N, 64, 64, 3] there and back."""
+
+    @jax.jit
+    def code(batch: jax.Array) -> jax.Array:
+        mean, _ = model.vae.posterior(params["vae"], unit(batch))
+        return model.vae.decode(params["vae"], model.vae.config.scaling_factor * mean)
+
+    parts = [code(pictures[i : i + BATCH]) for i in range(0, len(pictures), BATCH)]
+    levels = 127.5 * (np.concatenate([np.asarray(part) for part in parts]) + 1)
+    return np.rint(levels).clip(0, 255).astype(np.uint8)
+
+
+def main(bench: Bench) -> None:
+    model, params = jaxgen.load(bench.model)
+    print(f"{bench.count} scenes of each split\n")
+    print("| | PSNR | SSIM |\n|---|---|---|")
+    for split in bench.splits:
+        read, _ = report.read_all(EmojiScenes(f"emoji_scenes:{split}"), bench.count)
+        pictures = np.stack(read)
+        made = copies(model, params, pictures)
+        quality, likeness = psnr(made, pictures).mean(), ssim(made, pictures).mean()
+        print(f"| {split} | {quality:.2f} dB | {likeness:.3f} |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, description=__doc__))

@@ -1,0 +1,138 @@
+"""What is right in a picture: the counting by hand-made verdicts, the judge on real scenes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxgen import cli
+from jaxgen.data.emoji_scenes import artwork, backgrounds
+from jaxgen.data.emoji_scenes.scenes import EmojiScenes
+from jaxgen.evaluation import judge, report, scenes
+from jaxgen.types import UserError
+
+BLANK = np.zeros((64, 64, 3), np.uint8)
+
+
+def seen(monkeypatch, *, shown, style="flat", colour="blue"):
+    """A judge that sees subjects, by name, in rows and columns of cells, whatever the picture."""
+    cells = np.zeros((1, judge.CELLS, judge.CELLS), np.int16)
+    for name, (rows, columns) in shown.items():
+        cells[0, rows, columns] = 1 + artwork.load().number(name)
+    numbers = artwork.STYLES.index(style), list(backgrounds.COLOURS).index(colour)
+    verdict = judge.Seen(cells, *(np.array([n]) for n in numbers))
+    monkeypatch.setattr(judge, "look", lambda *_: verdict)
+
+
+LEFT, RIGHT, FEW = np.s_[8:20, 2:12], np.s_[10:22, 18:30], np.s_[0:1, 0 : scenes.LEAST - 1]
+
+
+def test_what_is_shown_where_it_is_said_is_right(monkeypatch):
+    seen(monkeypatch, shown={"red apple": LEFT, "owl": RIGHT})
+    caption = "a red apple left of an owl, flat style, on a blue background"
+    assert scenes.right({}, [BLANK], [caption]) == {
+        "subject, head": (2, 2),
+        "all subjects": (1, 1),
+        "style": (1, 1),
+        "background": (1, 1),
+        "left or right": (1, 1),
+        "left or right, of two shown": (1, 1),
+    }
+    caption = "an owl left of a red apple, 3D style, on a red background"
+    found = scenes.right({}, [BLANK], [caption])
+    wrong = ["style", "background", "left or right", "left or right, of two shown"]
+    assert all(found[name] == (0, 1) for name in wrong)
+    assert scenes.right({}, [BLANK], ["an owl above a red apple"])["above or below"] == (0, 1)
+
+
+def test_a_subject_that_is_not_shown_lies_nowhere(monkeypatch):
+    seen(monkeypatch, shown={"red apple": LEFT, "owl": FEW})
+    found = scenes.right({}, [BLANK], ["a red apple left of an owl"])
+    assert found == {
+        "subject, head": (1, 2),
+        "all subjects": (0, 1),
+        "left or right": (0, 1),
+    }
+    assert scenes.right({}, [BLANK], ["a view of Paris"]) == {}
+
+
+def test_the_judge_knows_real_scenes():
+    images, captions = report.read_all(EmojiScenes("emoji_scenes:test_even"), 100)
+    for name, (right, asked) in scenes.right(judge.read(), images, captions).items():
+        assert right >= 0.9 * asked, name
+    moved = [*captions[1:], captions[0]]
+    chance = scenes.right(judge.read(), images, moved)
+    for name, most in {"all subjects": 0.05, "background": 0.3, "style": 0.5}.items():
+        right, asked = chance[name]
+        assert right <= most * asked, name
+
+
+def test_the_judge_learned_no_scene_that_is_judged():
+    """Its scenes have seeds of their own (train/judge.py), as those of all splits here have 0."""
+    ours = EmojiScenes("emoji_scenes:validation_even", seed=1000).read(0)["image"]
+    assert not np.array_equal(ours, EmojiScenes("emoji_scenes:validation_even").read(0)["image"])
+
+
+def test_a_damaged_or_missing_judge_is_named(tmp_path):
+    with pytest.raises(UserError, match="judge"):
+        judge.read(tmp_path / "judge")
+    shutil.copytree(judge.FOLDER, tmp_path / "judge")
+    path = tmp_path / "judge" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        judge.read(tmp_path / "judge")
+
+
+def test_pictures_of_another_size_are_not_judged():
+    with pytest.raises(UserError, match="not of 32x48"):
+        judge.look({}, [np.zeros((48, 32, 3), np.uint8)])
+
+
+def evaluate(*arguments):
+    cli.main(["evaluate", *arguments])
+
+
+def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
+    evaluate("emoji_scenes:test", "--count", "8", "--json", str(tmp_path / "found.json"))
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["source"] == "emoji_scenes:test"
+    right, asked = found["right"]["all subjects"]
+    assert f"| all subjects | {right / asked:.1%} | {asked} |" in printed
+    assert f"| CLIP score | {found['clip_score']:.2f} | |" in printed
+
+
+def test_a_folder_of_samples_is_read_by_its_list(tmp_path):
+    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / "00000.png")
+    line = json.dumps({"file_name": "00000.png", "text": "a fox"})
+    (tmp_path / "samples.jsonl").write_text(line + "\n")
+    images, captions = report.read_all(report.open_pictures(str(tmp_path)), None)
+    assert captions == ["a fox"]
+    found = report.evaluate(images, captions)
+    assert found == report.Report(pictures=1)  # too large to judge
+
+
+BAD = {
+    "no folder": (["nowhere"], "nowhere"),
+    "too many": (["emoji_scenes:held", "--count", "3001"], "count 3001 is not from 1 to 3000"),
+    "no split": (["emoji_scenes:none"], "its splits are train"),
+    "no place": (["emoji_scenes:test", "--json", "none/x.json"], "there is no folder none"),
+    "no clip": (["emoji_scenes:test", "--count", "1", "--clip", "nowhere"], "is no CLIP folder"),
+    "no inception": (
+        ["emoji_scenes:test", "--count", "2", "--inception", "none.safetensors"],
+        "none.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        evaluate(*arguments)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]

@@ -1,0 +1,85 @@
+"""The model that ships: whole, small, the zoo's, and diffusers' to read."""
+
+import shutil
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import jaxgen
+from jaxgen import cli, zoo
+from jaxgen.load import ASSETS, EMBEDDED, open_model
+from jaxgen.types import UserError
+
+PROMPT = "a red apple left of an owl, flat style, on a blue background"
+
+
+def test_it_is_what_is_loaded_when_none_is_named(tmp_path, monkeypatch):
+    named, _ = open_model("mini")
+    unnamed, _ = open_model(None)
+    assert named.unet == unnamed.unet
+    assert named.name == unnamed.name == "mini"
+    monkeypatch.chdir(tmp_path)
+    Path("mini").mkdir()  # a folder of that name comes first
+    with pytest.raises(UserError, match="mini is no model folder"):
+        open_model("mini")
+
+
+def test_its_architecture_is_the_zoos():
+    model, fresh = (open_model(ref)[0] for ref in ("mini", "fresh:mini"))
+    assert model.unet == fresh.unet
+    assert model.text_encoder == fresh.text_encoder
+    learned = {"scaling_factor": model.vae.config.scaling_factor}  # from the data
+    assert fresh.vae.config.block_out_channels == model.vae.config.block_out_channels
+    assert {**vars(fresh.vae.config), **learned} == vars(model.vae.config)
+    assert model.scheduler == zoo.configs("fresh:mini")["scheduler"]
+
+
+def test_it_ships_in_less_than_forty_megabytes():
+    whole = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
+    assert whole < 40 * 2**20
+    _, tensors = open_model("mini")
+    assert {t.dtype for part in tensors.values() for t in part.values()} == {np.dtype(np.float16)}
+    size = sum(np.prod(t.shape) for t in tensors["unet"].values())
+    assert 5e6 <= size <= 10e6
+    assert open_model("mini")[0].tokenizer.size <= 2000
+
+
+@torch.no_grad()
+def test_its_pictures_are_diffusers_pictures(tmp_path):
+    shutil.copytree(EMBEDDED, tmp_path / "mini")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+        tmp_path / "mini", torch_dtype=torch.float32, low_cpu_mem_usage=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(0).standard_normal((1, 16, 16, 4), np.float32)
+    wanted = pipe(
+        PROMPT,
+        num_inference_steps=8,
+        guidance_scale=4.0,
+        latents=torch.from_numpy(noise).permute(0, 3, 1, 2),
+        output_type="np",
+    ).images
+    model, params = jaxgen.load()
+    ours = jaxgen.sample(model, params, [PROMPT], steps=8, guidance=4.0, latents=noise)
+    assert np.abs(ours.astype(int) - np.rint(255 * wanted).astype(int)).max() <= 1
+
+
+def test_a_prompt_of_unknown_words_simply_samples(tmp_path):
+    arguments = ["a dinosaur in Reykjavík", "--steps", "2", "--out", str(tmp_path / "out")]
+    cli.main(["sample", *arguments])
+    assert (tmp_path / "out" / "00000.png").is_file()
+
+
+def test_damaged_weights_are_named(tmp_path, monkeypatch, capsys):
+    shutil.copytree(EMBEDDED, tmp_path / "mini")
+    path = tmp_path / "mini" / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sample", PROMPT])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "diffusion_pytorch_model.safetensors" in line
