@@ -33,9 +33,12 @@ GRADIENTS = (  # batch, side, inputs, outputs; the miniature's at the end
     (1, 8, 1280, 1280),
     (4, 64, 320, 320),
     (4, 16, 1280, 1280),
+    (8, 64, 16, 16),
+    (8, 64, 32, 32),
     (16, 16, 64, 64),
-    (16, 8, 128, 128),
-    (16, 4, 192, 192),
+    (32, 16, 48, 48),
+    (32, 8, 96, 96),
+    (32, 4, 160, 160),
 )
 HALVINGS = ((1, 64, 320), (1, 32, 640), (1, 16, 1280), (16, 16, 64))  # batch, side, channels
 DOUBLINGS = (  # batch, side before, channels

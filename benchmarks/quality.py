@@ -4,8 +4,9 @@
 
 Samples the captions of 500 scenes of emoji_scenes' test split, which no training sees, and judges
 the pictures; beside them the real scenes of these captions (the ceiling), and real scenes under
-each other's captions (chance). Rare subjects have a table of their own, from test_even. Some
-minutes on two cores. Prints Markdown.
+each other's captions (chance; of two that are shown, one is left of the other by chance in half).
+Rare subjects have a table of their own, from test_even. The CLIP score is not independent: the
+model's text encoder began as that CLIP's. Some minutes on two cores. Prints Markdown.
 """
 
 import subprocess
@@ -19,15 +20,16 @@ import tyro
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 from jaxgen.evaluation import report
 from jaxgen.evaluation.report import Report
-from jaxgen.load import EMBEDDED
+from jaxgen.load import EMBEDDED_CLIP
+from jaxgen.save import check_new
 
 
 @dataclass(frozen=True)
 class Bench:
     """What to measure."""
 
-    model: str = EMBEDDED.name
-    """What `jaxgen sample --model` takes."""
+    model: str | None = None
+    """What `jaxgen sample --model` takes; the embedded model by default."""
     count: int = 500
     """Prompts of each split."""
     steps: int = 20
@@ -41,12 +43,14 @@ class Bench:
 
 
 def sampled(bench: Bench, captions: list[str], out: Path) -> Path:
-    """The captions as prompts, one picture each, in a folder."""
+    """The captions as prompts, one picture each, in a new folder."""
+    check_new(out)  # samples would be added to those of another model
     out.mkdir(parents=True, exist_ok=True)
     prompts = out / "prompts.txt"
     prompts.write_text("\n".join(captions) + "\n", "utf-8")
     command = [sys.executable, "-m", "jaxgen", "sample", "--prompts", str(prompts)]
-    command += ["--model", bench.model, "--steps", str(bench.steps), "--out", str(out)]
+    command += ["--steps", str(bench.steps), "--out", str(out)]
+    command += ["--model", bench.model] if bench.model else []
     command += ["--guidance", str(bench.guidance), "--batch", str(bench.batch)]
     subprocess.run(command, check=True)
     return out
@@ -59,12 +63,13 @@ def table(columns: dict[str, Report]) -> str:
     for name in names:
         found = [column.right.get(name, (0, 0)) for column in columns.values()]
         shares = [f"{right / asked:.1%}" if asked else "" for right, asked in found]
+        shares[-1] = "50%" if name.endswith("of two shown") else shares[-1]
         lines.append(f"| {name} | {found[0][1]} | {' | '.join(shares)} |")
-    for name in ("clip_score", "fid"):
+    for name, title in {"clip_score": "CLIP score", "fid": "FID"}.items():
         values = [getattr(column, name) for column in columns.values()]
         if any(value is not None for value in values):
             shown = ["" if value is None else f"{value:.2f}" for value in values]
-            lines.append(f"| {name} | | {' | '.join(shown)} |")
+            lines.append(f"| {title} | | {' | '.join(shown)} |")
     if any(column.kid for column in columns.values()):
         shown = [f"{1000 * c.kid[0]:.2f}" if c.kid else "" for c in columns.values()]
         lines.append(f"| KID x 1000 | | {' | '.join(shown)} |")
@@ -72,19 +77,20 @@ def table(columns: dict[str, Report]) -> str:
 
 
 def main(bench: Bench) -> None:
-    clip = EMBEDDED / "clip"
+    judges = report.Judges.read(EMBEDDED_CLIP, bench.inception)
     for split in bench.splits:
         scenes = EmojiScenes(f"emoji_scenes:{split}")
         images, captions = report.read_all(scenes, bench.count)
         # Real scenes that are neither those nor seen in training, as a measure of distances.
-        others = [scenes.read(i)["image"] for i in range(bench.count, 2 * bench.count)]
+        others, _ = report.read_all(scenes, bench.count, last=True)
         with tempfile.TemporaryDirectory() as scratch:
             folder = sampled(bench, captions, (bench.out or Path(scratch)) / split)
-            made, _ = report.read_all(report.open_pictures(str(folder)), bench.count)
+            made, prompts = report.read_all(report.open_pictures(str(folder)), bench.count)
+        assert prompts == captions
         columns = {
-            "samples": report.evaluate(made, captions, clip, bench.inception, others),
-            "real scenes": report.evaluate(images, captions, clip, bench.inception, others),
-            "chance": report.evaluate(images, [*captions[1:], captions[0]], clip),
+            "samples": report.evaluate(judges, made, captions, others),
+            "real scenes": report.evaluate(judges, images, captions, others),
+            "chance": report.evaluate(judges, images, [*captions[1:], captions[0]]),
         }
         print(f"\n{split}: {bench.count} prompts, {bench.steps} steps, guidance {bench.guidance}\n")
         print(table(columns))

@@ -27,8 +27,8 @@ BATCH = 50
 class Bench:
     """What to measure."""
 
-    model: str = "mini"
-    """What `jaxgen.load` takes."""
+    model: str | None = None
+    """What `jaxgen.load` takes; the embedded model by default."""
     count: int = 500
     """Scenes of each split."""
     splits: tuple[str, ...] = ("test", "held")

@@ -124,5 +124,7 @@ def dump(value: Any, class_name: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes an object as an indented JSON file."""
-    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    """Writes an object as an indented JSON file, or replaces one: never half of it."""
+    beside = path.with_name(f".{path.name}.unfinished")
+    beside.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    beside.replace(path)

@@ -35,6 +35,9 @@ PIPELINES = (
 ASSETS = Path(__file__).parent / "assets"
 CLIP_TOKENIZER = ASSETS / "clip_tokenizer"
 EMBEDDED = ASSETS / "mini"  # a model folder like any other
+EMBEDDED_CLIP = (
+    EMBEDDED / "clip"
+)  # with one more part: its image encoder, and a text encoder for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +84,8 @@ def load(
 
     Args:
         ref: a folder in the diffusers layout, a hub id, a single safetensors file, or
-            `fresh:NAME`, an architecture of the zoo with random parameters; None or "mini" is
-            the embedded model.
+            `fresh:NAME`, an architecture of the zoo with random parameters; None is the embedded
+            model, and so is "mini", where no model folder has that name.
         dtype: "f32" or "bf16", of the parameters and so of the computation; None keeps each
             tensor's own (float64 becomes float32).
         variant: e.g. "fp16", to choose among the files of a folder.
@@ -125,7 +128,9 @@ def open_model(
         files.report(_keys(trees.flatten(expected)), _keys(tensors[name]), f"{ref or path}: {name}")
         whole = [p for p, tensor in tensors[name].items() if tensor.dtype not in files.FLOATS]
         if whole:
-            raise UserError(f"{ref}: {name}: {rename.to_key(whole[0])} holds no floating numbers")
+            raise UserError(
+                f"{ref or path}: {name}: {rename.to_key(whole[0])} holds no floating numbers"
+            )
     return dataclasses.replace(model, name=str(ref or EMBEDDED.name)), tensors
 
 
@@ -158,13 +163,13 @@ def read_params(
 def find(ref: str | Path | None, variant: str = "") -> Path:
     """The folder or file that `ref` names, fetched from the hub if it is an id."""
     path = Path(EMBEDDED if ref is None else ref)
+    if str(ref) == EMBEDDED.name and not (path / "model_index.json").is_file():
+        return EMBEDDED
     try:
         if path.exists():
             return path
     except OSError as error:
         raise UserError(f"no model {str(ref)[:80]}: {error.strerror}") from None
-    if str(ref) == EMBEDDED.name:  # a folder of that name comes first
-        return EMBEDDED
     if hub.is_id(str(ref)) and not path.parent.is_dir():
         return hub.fetch(str(ref), variant)
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []

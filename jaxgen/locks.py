@@ -88,6 +88,8 @@ def _scratch(out: Path) -> tuple[Path, int | None]:
             held = hold(scratch, "--out")
             if scratch.exists():
                 return scratch, held
+            if held is not None:
+                os.close(held)
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def _write(model: Model, params: Params, folder: Path) -> None:
         projected = name == "text_encoder" and model.text_encoder.projected
         class_name = part.class_name + "WithProjection" * projected
         index[name] = [part.library, class_name]
-        files.save_folder(folder / part.folder, part.stem, _released(params[name]))
+        files.save_folder(folder / part.folder, part.stem, released(params[name]))
         data = config.dump(getattr(model, name).config, class_name)
         if part.library == "transformers":
             del data["_class_name"]
@@ -85,12 +85,12 @@ def _write_clip(model: Model, params: Params, folder: Path) -> None:
     data: dict[str, Any] = {"architectures": ["CLIPModel"], "model_type": "clip"}
     data |= {name: dataclasses.asdict(value) for name, value in configs.items()}
     data["projection_dim"] = model.vision.config.projection_dim
-    files.save_folder(folder, "model", _released({**params["text_encoder"], **params["clip"]}))
+    files.save_folder(folder, "model", released({**params["text_encoder"], **params["clip"]}))
     config.write_json(folder / "config.json", data)
     model.tokenizer.save(folder)
 
 
-def _released(params: Params) -> Iterator[tuple[str, Callable[[], np.ndarray], int]]:
+def released(params: Params) -> Iterator[tuple[str, Callable[[], np.ndarray], int]]:
     """Keys, values and sizes of a tree as PyTorch has them."""
     for path, leaf in trees.flatten(params).items():
 

@@ -22,8 +22,10 @@ def test_it_is_what_is_loaded_when_none_is_named(tmp_path, monkeypatch):
     assert named.unet == unnamed.unet
     assert named.name == unnamed.name == "mini"
     monkeypatch.chdir(tmp_path)
-    Path("mini").mkdir()  # a folder of that name comes first
-    with pytest.raises(UserError, match="mini is no model folder"):
+    Path("mini").mkdir()  # runs/mini of the miniature's own run, say: no model of that name
+    assert open_model("mini")[0].name == "mini"
+    Path("mini/model_index.json").write_text("{}")  # but this is one, and comes first
+    with pytest.raises(UserError, match=r"mini/model_index\.json is of None"):
         open_model("mini")
 
 
@@ -79,7 +81,7 @@ def test_damaged_weights_are_named(tmp_path, monkeypatch, capsys):
     path.write_bytes(path.read_bytes()[:-1000])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["sample", PROMPT])
+        cli.main(["sample", PROMPT, "--model", "mini"])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "diffusion_pytorch_model.safetensors" in line

@@ -2,14 +2,15 @@
 
     python train/judge.py --out jaxgen/assets/judge
 
-Scenes of seeds that no other training uses, rare and held subjects as often as the others. Half of
-them are blurred or noisy, as what an autoencoder makes may be. Some 15 minutes of two CPU cores.
+Scenes of seeds that nothing else uses, rare and held subjects as often as the others. Half of them
+are blurred or noisy, as what an autoencoder makes may be. Some 15 minutes of two CPU cores.
 """
 
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -20,15 +21,15 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from jaxgen import trees
 from jaxgen.data.emoji_scenes import artwork, backgrounds
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 from jaxgen.evaluation import judge
-from jaxgen.save import check_new
+from jaxgen.save import check_new, released
 from jaxgen.types import Array, Params
-from jaxgen.weights import files, rename
+from jaxgen.weights import files
 
-SPLITS = ("validation_even", "validation_even", "validation_even", "held")  # in turn
+SPLITS = (*("validation_even",) * 5, "held")  # in turn: 150 subjects, and 30
+SCENES = 1000  # of each seed
 FIRST_SEED = 1000
 
 
@@ -38,7 +39,7 @@ class Options:
 
     out: Path
     """A new or empty folder."""
-    steps: int = 1500
+    steps: int = 1100
     batch: int = 32
     learning_rate: float = 2e-3
 
@@ -54,19 +55,24 @@ def spoiled(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return noisy.round().clip(0, 255).astype(np.uint8)
 
 
+def scene_of(number: int) -> tuple[str, int, int]:
+    """Split, seed and place there of a training scene; no two numbers have the same."""
+    turn, way = divmod(number, len(SPLITS))
+    more, i = divmod(turn, SCENES)
+    return SPLITS[way], FIRST_SEED + more * len(SPLITS) + way, i
+
+
 def examples(batch: int) -> Iterator[dict[str, np.ndarray]]:
     """Batches without end; no scene comes twice."""
     styles, colours = list(artwork.STYLES), list(backgrounds.COLOURS)
-    sources: dict[tuple[str, int], EmojiScenes] = {}
+
+    @lru_cache(maxsize=2 * len(SPLITS))
+    def source(split: str, seed: int) -> EmojiScenes:
+        return EmojiScenes(f"emoji_scenes:{split}", columns=("segmentation",), seed=seed)
 
     def make(number: int) -> dict[str, np.ndarray]:
-        split = SPLITS[number % len(SPLITS)]
-        turn, i = divmod(number // len(SPLITS), 1000)
-        seed = FIRST_SEED + turn * len(SPLITS) + number % len(SPLITS)
-        if (split, seed) not in sources:
-            ref = f"emoji_scenes:{split}"
-            sources[split, seed] = EmojiScenes(ref, columns=("segmentation",), seed=seed)
-        scene = sources[split, seed].read(i)
+        split, seed, i = scene_of(number)
+        scene = source(split, seed).read(i)
         return {
             "image": spoiled(scene["image"], np.random.default_rng(number)),
             "cells": scene["segmentation"][1::2, 1::2].astype(np.int32),
@@ -97,7 +103,11 @@ def loss(params: Params, batch: dict[str, Array]) -> tuple[Array, dict[str, Arra
 def main(options: Options) -> None:
     check_new(options.out)
     rate = optax.warmup_cosine_decay_schedule(
-        0, options.learning_rate, 100, options.steps, options.learning_rate / 100
+        0,
+        options.learning_rate,
+        min(100, options.steps // 2),
+        options.steps,
+        options.learning_rate / 100,
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=1e-2))
     params = judge.init(jax.random.key(0))
@@ -127,16 +137,8 @@ def write(params: Params, folder: Path) -> None:
     """float16, all or nothing."""
     scratch = folder.with_name(f".{folder.name}-unfinished")
     shutil.rmtree(scratch, ignore_errors=True)
-    halves = {path: np.asarray(leaf, np.float16) for path, leaf in trees.flatten(params).items()}
-
-    def released(path: str) -> np.ndarray:
-        array = halves[path]
-        if path.endswith("/kernel"):
-            array = array.transpose(rename.TO_TORCH[array.ndim])
-        return array
-
-    entries = ((rename.to_key(p), lambda p=p: released(p), a.nbytes) for p, a in halves.items())
-    files.save_folder(scratch, judge.STEM, entries)
+    halves = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), params)
+    files.save_folder(scratch, judge.STEM, released(halves))
     scratch.rename(folder)
 
 

@@ -72,8 +72,13 @@ class _Reader(pickle.Unpickler):
         return np.frombuffer(self.archive.read(f"{self.folder}/{key}"), dtype)
 
 
-def _tensor(storage: np.ndarray, start: int, shape: tuple[int, ...], *_: Any) -> np.ndarray:
-    return storage[start : start + int(np.prod(shape))].reshape(shape)  # rows first, all of them
+def _tensor(
+    storage: np.ndarray, start: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+) -> np.ndarray:
+    found = storage[start : start + int(np.prod(shape))].reshape(shape)
+    if tuple(strides) != tuple(s // found.itemsize for s in found.strides) and found.size > 1:
+        raise UserError(f"a tensor of shape {list(shape)} is not stored rows first")
+    return found
 
 
 def program(package: Path) -> bytes:

@@ -2,7 +2,8 @@
 
     python train/ship_mini.py runs/mini_unet/model --clip runs/mini_clip/model/clip
 
-Parts that are not named stay as they ship.
+All of it or nothing: it is whole, and read once, before it takes the place of what ships. Without
+`--clip` the one that ships stays.
 """
 
 import shutil
@@ -11,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from jaxgen import load, save
-from jaxgen.load import EMBEDDED
+from jaxgen.evaluation.clip import open_clip
+from jaxgen.load import EMBEDDED, open_model
+from jaxgen.types import UserError
 from jaxgen.weights import files
 
 
@@ -31,11 +33,17 @@ class Options:
     out: Path = EMBEDDED
 
 
+def halve(array: jax.Array | np.ndarray) -> np.ndarray:
+    """float16; UserError for a number that it cannot hold."""
+    half = np.asarray(array).astype(np.float16)
+    if not np.isfinite(half).all():
+        raise UserError("a weight is too large for float16")
+    return half
+
+
 def halve_clip(folder: Path, out: Path) -> None:
     """The CLIP folder in float16."""
-    halves = {
-        k: t.numpy().astype(np.float16) for k, t in files.open_folder(folder, "model").items()
-    }
+    halves = {k: halve(t.numpy()) for k, t in files.open_folder(folder, "model").items()}
     entries = ((key, lambda half=half: half, half.nbytes) for key, half in halves.items())
     files.save_folder(out, "model", entries)
     for path in folder.glob("*"):
@@ -44,19 +52,18 @@ def halve_clip(folder: Path, out: Path) -> None:
 
 
 def main(options: Options) -> None:
-    options.out.mkdir(parents=True, exist_ok=True)
     model, params = load(options.model)
-    params = jax.tree.map(lambda x: x.astype(jnp.float16), params)
-    with tempfile.TemporaryDirectory(dir=options.out.parent) as scratch:
-        new = Path(scratch) / "new"
-        save(model, params, new)
-        if options.clip:
-            halve_clip(options.clip, new / "clip")
-        for path in new.iterdir():
-            there = options.out / path.name
-            if there.is_dir():
-                shutil.rmtree(there)
-            path.rename(there)
+    with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=".mini-") as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        save(model, jax.tree.map(halve, params), new)
+        halve_clip(options.clip or options.out / "clip", new / "clip")
+        open_model(new), open_clip(new / "clip")
+        for name in ("README.md", "LICENSE"):
+            if (options.out / name).is_file():
+                shutil.copy(options.out / name, new / name)
+        if options.out.exists():
+            options.out.rename(old)
+        new.rename(options.out)
 
 
 if __name__ == "__main__":

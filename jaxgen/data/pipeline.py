@@ -169,7 +169,7 @@ class Loader(Iterator[Batch]):
         make = Maker(data, self._sources, plan, finish, batch_size, pieces, seed)
         first = start * self._pieces
         reading = read_ahead(make, first, self._pieces, data.workers, data.threads)
-        self._reading, self._begun = [reading], False
+        self._reading, self._begun = [reading], not data.workers
         self.close = weakref.finalize(self, end, self._reading)  # at the latest at exit
 
     @property
@@ -206,7 +206,7 @@ class Loader(Iterator[Batch]):
         parts = []
         try:
             for _ in range(self._pieces):
-                begin = nullcontext() if self._begun else begun_deaf()  # workers, at the first
+                begin = nullcontext() if self._begun else begun_deaf()  # workers, by the first
                 with lost(), begin:
                     made = next(self._reading[0])
                 self._begun = True

@@ -6,12 +6,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 from jaxgen.data.order import ENDLESS
 from jaxgen.types import UserError
 
-UNHEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Of a job or a terminal that ends; Windows has some of them alone.
+UNHEARD = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
 def check_grain() -> None:
@@ -64,8 +66,12 @@ def lost() -> Iterator[None]:
 def begun_deaf() -> Iterator[None]:
     """Processes begun inside are deaf to the signals of `_serve` from their first instant.
 
-    They inherit the mask; this process hears what it was sent when the block ends.
+    They inherit the mask of this thread, which hears again what it is sent when the block ends.
     """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # it would lift the mask when it begins, inside
     before = signal.pthread_sigmask(signal.SIG_BLOCK, UNHEARD)
     try:
         yield

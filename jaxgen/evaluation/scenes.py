@@ -4,13 +4,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import ndimage
 
 from jaxgen.data.emoji_scenes import artwork, backgrounds, said
 from jaxgen.evaluation import judge
 from jaxgen.evaluation.judge import Seen
 from jaxgen.types import Params
 
-LEAST = 12  # cells of 32x32 that show a subject; the thinnest one at its smallest takes twice that
+LEAST = 16  # cells of 32x32 that show a subject; the thinnest one at its smallest takes 22
 AXES = {"left of": (1, -1), "right of": (1, 1), "above": (0, -1), "below": (0, 1)}  # axis, sign
 SIDES = {"left of": "left or right", "right of": "left or right"}  # the others: above or below
 
@@ -21,7 +22,8 @@ def right(params: Params, images: Sequence[np.ndarray], captions: Sequence[str])
     """Counts what is right in pictures uint8 [64, 64, 3], each of which has a caption.
 
     By what was asked: `subject, head` and so on, once for each subject that a caption names, right
-    where the picture shows it; `all subjects` of a caption; `style`; `background`, its colour;
+    where the picture shows it; `all subjects` of a caption; `nothing else`, right where the picture
+    shows no subject beside those; `style`; `background`, its colour;
     `left or right` and `above or below`, right where both subjects are shown and their centres lie
     so; the same `of two shown`, asked of pictures that show both. What no caption says is absent.
     """
@@ -37,24 +39,41 @@ def right(params: Params, images: Sequence[np.ndarray], captions: Sequence[str])
 
 def _verdicts(claim: said.Said, seen: Seen, i: int) -> list[tuple[str, bool]]:
     cells = seen.cells[i]
-    shown = {n: int((cells == n + 1).sum()) >= LEAST for n in claim.subjects}
+    shown = _shown(cells)
     verdicts = [
-        (f"subject, {artwork.load().subjects[n].group}", there) for n, there in shown.items()
+        (f"subject, {artwork.load().subjects[n].group}", n in shown) for n in claim.subjects
     ]
-    if shown:
-        verdicts.append(("all subjects", all(shown.values())))
+    if claim.subjects:
+        verdicts.append(("all subjects", shown.issuperset(claim.subjects)))
+        verdicts.append(("nothing else", shown.issubset(claim.subjects)))
     if claim.style:
         verdicts.append(("style", artwork.STYLES[seen.style[i]] == claim.style))
     if claim.colour:
         verdicts.append(("background", list(backgrounds.COLOURS)[seen.colour[i]] == claim.colour))
     for one, relation, other in claim.relations:
         name = SIDES.get(relation, "above or below")
-        both = shown[one] and shown[other]
+        both = one in shown and other in shown
         lies = both and _lies(cells, one, relation, other)
         verdicts.append((name, lies))
         if both:
             verdicts.append((f"{name}, of two shown", lies))
     return verdicts
+
+
+def _shown(cells: np.ndarray) -> set[int]:
+    """The subjects of cells [32, 32]: a fringe of one around another does not show it.
+
+    A connected part of a subject's cells does that is large enough, and within whose box most of
+    what is no background is of this subject.
+    """
+    shown = set()
+    for label in np.unique(cells[cells > 0]):
+        parts, _ = ndimage.label(cells == label)
+        for part, box in enumerate(ndimage.find_objects(parts), 1):
+            own = (parts[box] == part).sum()
+            if own >= LEAST and 2 * own > (cells[box] > 0).sum():
+                shown.add(int(label) - 1)
+    return shown
 
 
 def _lies(cells: np.ndarray, one: int, relation: str, other: int) -> bool:
@@ -65,5 +84,5 @@ def _lies(cells: np.ndarray, one: int, relation: str, other: int) -> bool:
 
 def _order(name: str) -> tuple[int, str]:
     names = [*(f"subject, {group}" for group in artwork.GROUPS), "all subjects"]
-    names += ["style", "background"]
+    names += ["nothing else", "style", "background"]
     return (names.index(name) if name in names else len(names), name)

@@ -3,6 +3,7 @@
 import pytest
 
 from jaxgen.data.emoji_scenes import artwork
+from jaxgen.data.emoji_scenes.captions import PHRASES
 from jaxgen.data.emoji_scenes.said import Said, read
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 
@@ -17,7 +18,9 @@ def test_what_captions_say_is_what_scenes_show(split):
         assert set(said.subjects) == set(scene.subjects)
         assert said.style in ("", scene.style)
         assert said.colour in ("", scene.colour)
-        if said.relations:
+        told = any(f" {p} " in scene.caption for phrases in PHRASES.values() for p in phrases)
+        assert bool(said.relations) == told
+        if told:
             first, *others = scene.subjects
             expected = [(first, scene.relations[0], others[0])]
             if others[1:]:
@@ -36,3 +39,6 @@ def test_prompts_in_other_words_say_what_can_be_told():
         (apple, owl), ((apple, "left of", owl),)
     )
     assert read("two red apples, an owlet").subjects == ()
+    assert read("The (Red Apple:1.3) above the (owl:0.8)").relations == ((apple, "above", owl),)
+    assert read("an owl left of an owl") == Said((owl,))
+    assert read("<5> and <200>") == Said()

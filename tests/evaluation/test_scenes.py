@@ -9,9 +9,11 @@ from PIL import Image
 
 from jaxgen import cli
 from jaxgen.data.emoji_scenes import artwork, backgrounds
+from jaxgen.data.emoji_scenes.longtail import SPLITS
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 from jaxgen.evaluation import judge, report, scenes
 from jaxgen.types import UserError
+from train import judge as training
 
 BLANK = np.zeros((64, 64, 3), np.uint8)
 
@@ -35,6 +37,7 @@ def test_what_is_shown_where_it_is_said_is_right(monkeypatch):
     assert scenes.right({}, [BLANK], [caption]) == {
         "subject, head": (2, 2),
         "all subjects": (1, 1),
+        "nothing else": (1, 1),
         "style": (1, 1),
         "background": (1, 1),
         "left or right": (1, 1),
@@ -53,9 +56,17 @@ def test_a_subject_that_is_not_shown_lies_nowhere(monkeypatch):
     assert found == {
         "subject, head": (1, 2),
         "all subjects": (0, 1),
+        "nothing else": (1, 1),
         "left or right": (0, 1),
     }
     assert scenes.right({}, [BLANK], ["a view of Paris"]) == {}
+
+
+def test_a_fringe_around_another_subject_shows_nothing(monkeypatch):
+    seen(monkeypatch, shown={"owl": np.s_[4:24, 4:24], "fox": np.s_[6:22, 6:22]})
+    found = scenes.right({}, [BLANK], ["an owl and a fox"])
+    assert found["subject, head"] == (1, 2)
+    assert scenes.right({}, [BLANK], ["a panda"])["nothing else"] == (0, 1)
 
 
 def test_the_judge_knows_real_scenes():
@@ -69,10 +80,13 @@ def test_the_judge_knows_real_scenes():
         assert right <= most * asked, name
 
 
-def test_the_judge_learned_no_scene_that_is_judged():
-    """Its scenes have seeds of their own (train/judge.py), as those of all splits here have 0."""
-    ours = EmojiScenes("emoji_scenes:validation_even", seed=1000).read(0)["image"]
-    assert not np.array_equal(ours, EmojiScenes("emoji_scenes:validation_even").read(0)["image"])
+def test_the_judge_learns_no_scene_that_is_judged_and_none_twice():
+    scenes_of_it = [training.scene_of(number) for number in range(40_000)]
+    assert len(set(scenes_of_it)) == len(scenes_of_it)
+    for split, seed, i in scenes_of_it:
+        assert split in ("validation_even", "held")
+        assert seed >= 1000  # all that is judged, and all that models learn, has seed 0
+        assert i < SPLITS[split].scenes
 
 
 def test_a_damaged_or_missing_judge_is_named(tmp_path):
@@ -110,15 +124,30 @@ def test_a_folder_of_samples_is_read_by_its_list(tmp_path):
     (tmp_path / "samples.jsonl").write_text(line + "\n")
     images, captions = report.read_all(report.open_pictures(str(tmp_path)), None)
     assert captions == ["a fox"]
-    found = report.evaluate(images, captions)
-    assert found == report.Report(pictures=1)  # too large to judge
+    found = report.evaluate(report.Judges.read(), images, captions)
+    assert found == report.Report(pictures=1, judged=0)  # too large
+    assert "1 are not of 64x64" in report.table(found)
+
+
+def test_a_picture_that_is_gone_is_named(tmp_path):
+    (tmp_path / "samples.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "b"}) + "\n")
+    with pytest.raises(UserError, match=r"a\.png"):
+        report.read_all(report.open_pictures(str(tmp_path)), None)
 
 
 BAD = {
     "no folder": (["nowhere"], "nowhere"),
     "too many": (["emoji_scenes:held", "--count", "3001"], "count 3001 is not from 1 to 3000"),
+    "too many to hold": (["emoji_scenes"], "name a count, up to 50000"),
+    "itself": (
+        ["emoji_scenes:test", "--inception", "x", "--against", "emoji_scenes:test"],
+        "compare pictures with themselves",
+    ),
     "no split": (["emoji_scenes:none"], "its splits are train"),
-    "no place": (["emoji_scenes:test", "--json", "none/x.json"], "there is no folder none"),
+    "no place": (
+        ["emoji_scenes:test", "--json", "none/x.json"],
+        "none/x.json is no place for a file",
+    ),
     "no clip": (["emoji_scenes:test", "--count", "1", "--clip", "nowhere"], "is no CLIP folder"),
     "no inception": (
         ["emoji_scenes:test", "--count", "2", "--inception", "none.safetensors"],

@@ -117,6 +117,7 @@ def test_what_surrounds_the_image_does_not_leak_in():
         ((1, 512, 512, 128), 3, "float32", False),
         ((1, 64, 64, 4), 512, "float32", False),
         ((2, 64, 64, 320), 320, "bfloat16", False),
+        ((8, 16, 16, 64), 64, "float32", True),
     ],
 )
 def test_it_is_chosen_where_it_pays(shape, outputs, dtype, chosen):
@@ -129,3 +130,15 @@ def test_it_is_chosen_where_it_pays(shape, outputs, dtype, chosen):
     text = slopes.lower(x, kernel, y).as_text(debug_info=True)
     assert ("pti,poi" in text) == chosen, "for the gradient of the image"
     assert ("pti,pto" in text) == chosen, "for that of the kernel"
+
+
+@pytest.mark.parametrize(("channels", "chosen"), [(24, False), (32, True), (48, True)])
+def test_of_few_channels_the_gradient_of_the_kernel_alone_is_made_so(channels, chosen):
+    x = jax.ShapeDtypeStruct((8, 64, 64, channels), "float32")
+    kernel = jax.ShapeDtypeStruct((3, 3, channels, channels), "float32")
+    y = jax.eval_shape(chosen_form, x, kernel)
+    slopes = jax.jit(lambda x, kernel, y: jax.vjp(chosen_form, x, kernel)[1](y))
+    text = slopes.lower(x, kernel, y).as_text(debug_info=True)
+    assert ("pti,pto" in text) == chosen
+    assert "pti,poi" not in text
+    assert "pti,pio" not in text

@@ -8,10 +8,11 @@ from jaxgen.data.emoji_scenes import artwork, backgrounds
 from jaxgen.data.emoji_scenes.captions import PHRASES
 
 _WORDS = {phrase: word for word, phrases in PHRASES.items() for phrase in phrases}
-_RELATION = re.compile(rf"<(\d+)> ({'|'.join(_WORDS)}) (?:an? )?(?:small |large )?(?=<(\d+)>)")
+_RELATION = re.compile(rf"<(\d+)> ({'|'.join(_WORDS)}) (?:an? |the )?(?:small |large )?(?=<(\d+)>)")
 _THIRD = re.compile(r"<(\d+)> (?:to their (left|right)|(above|below) them)")
 _COLOUR = re.compile(rf"on an? (?:plain )?({'|'.join(backgrounds.COLOURS)})(?: \w+)? background")
-_STYLE = re.compile(rf"\b({'|'.join(artwork.STYLES)}) (?:style|picture)\b", re.IGNORECASE)
+_WEIGHED = re.compile(r"\(([^():]*):[\d.]+\)")  # as prompts weigh words
+_STYLE = re.compile(rf"\b({'|'.join(artwork.STYLES)}) (?:style|picture)\b".lower())
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ class Said:
 
 def read(caption: str) -> Said:
     """Reads a caption, or a prompt in its words; others say little or nothing."""
+    caption = _WEIGHED.sub(r"\1", caption).replace("<", " ").replace("(", " ").lower()
     style, colour = _STYLE.search(caption), _COLOUR.search(caption)
     for found in (style, colour):
         caption = caption.replace(found[0], "") if found else caption
     text = _names().sub(lambda name: f"<{artwork.load().number(name[0])}>", caption)
     subjects = tuple(dict.fromkeys(int(number) for number in re.findall(r"<(\d+)>", text)))
-    relations = [(int(a), _WORDS[how], int(b)) for a, how, b in _RELATION.findall(text)]
+    relations = [(int(a), _WORDS[how], int(b)) for a, how, b in _RELATION.findall(text) if a != b]
     for number, beside, over in _THIRD.findall(text):
         how = f"{beside} of" if beside else over
         relations += [(int(number), how, other) for other in subjects if other != int(number)]
