@@ -1,7 +1,9 @@
 """The judge of emoji_scenes: what is where in a picture, its style and background.
 
-One small network, trained on real scenes alone (train/judge.py) and on no sample of any model,
-which in turn never learn from it.
+Two small networks, trained on real scenes alone (train/judge.py) and on no sample of any model,
+which in turn never learn from them. The finder tells subjects from background, and at each cell of
+a subject the box around the whole of it (Tian et al. 2019); cells whose boxes agree are one. The
+namer tells which subject a box shows, or that it shows none, and in which style.
 """
 
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from jaxgen import trees
 from jaxgen.data.emoji_scenes import artwork, backgrounds
@@ -24,72 +27,98 @@ from jaxgen.weights import files, rename
 
 FOLDER = ASSETS / "judge"
 STEM = "model"
-WIDTHS = (32, 64, 128, 128)  # of features at sides 32, 16, 8 and 4
-TOP = 64  # of those that tell what a pixel belongs to
-SIDE = 64  # of the pictures that it reads
-CELLS = SIDE // 2  # along a side, of what it says
+SIDE = 64  # of the pictures
+CELLS = SIDE // 2  # along a side, of what the finder says
+CROP = 32  # side of what the namer reads
 GROUPS = 8
+LEAST = 16  # cells that agree on a box; the thinnest subject at its smallest takes 22
+ALIKE = 0.5  # intersection over union of boxes that are one
 BATCH = 64  # pictures at a time
 
 
-class Verdict(nn.Module):
+class Finder(nn.Module):
     """Down to the whole picture and up again to its cells, skips joined."""
+
+    @nn.compact
+    def __call__(self, images: Array) -> tuple[Array, Array, Array]:
+        """uint8 [B, 64, 64, 3] -> logits of cells [B, 32, 32], boxes, and logits of the background.
+
+        Returns:
+            Whether a cell shows a subject; [B, 32, 32, 4], how far from its middle the subject's
+            box reaches to the left, up, to the right and down, in sides of the picture; [B, 10] of
+            colours, as in `backgrounds.COLOURS`.
+        """
+        widths = (24, 48, 64, 64)  # at sides 32, 16, 8 and 4
+        block = partial(ResBlock, groups=GROUPS)
+        x = Conv(widths[0], stride=2, name="conv_in")(_centred(images))
+        skips = []
+        for level, width in enumerate(widths):
+            if level:
+                x = Downsample(width, name=f"halve_{level}")(x)
+            x = block(width, name=f"level_{level}")(x)
+            skips.append(x)
+        seen = nn.silu(GroupNorm(GROUPS, 1e-5, name="norm_whole")(x)).mean((1, 2))
+        for level in (2, 1, 0):
+            x = jnp.concatenate([resize_nearest(x, *skips[level].shape[1:3]), skips[level]], -1)
+            norm = GroupNorm(GROUPS, 1e-5, name=f"norm_up_{level}").affine(x)
+            x = Conv(max(32, widths[level]), name=f"up_{level}")(x, norm)
+        out = Conv(5, name="conv_out")(x, GroupNorm(GROUPS, 1e-5, name="norm_out").affine(x))
+        colour = Dense(len(backgrounds.COLOURS), name="colour")(seen)
+        return out[..., 0], nn.softplus(out[..., 1:]), colour
+
+
+class Namer(nn.Module):
+    """What a box shows."""
 
     subjects: int
 
     @nn.compact
-    def __call__(self, images: Array) -> tuple[Array, Array, Array]:
-        """uint8 [B, 64, 64, 3] -> logits.
+    def __call__(self, crops: Array) -> tuple[Array, Array]:
+        """uint8 [B, 32, 32, 3] -> logits [B, 1 + subjects], the first of no subject, and of styles.
 
-        Returns:
-            [B, 32, 32, 1 + subjects] of cells, the background first; [B, 3] of styles, as in
-            `artwork.STYLES`; [B, 10] of the background's colours, as in `backgrounds.COLOURS`.
+        Those are [B, 3], as in `artwork.STYLES`.
         """
-        block = partial(ResBlock, groups=GROUPS)
-        x = Conv(WIDTHS[0], stride=2, name="conv_in")(images / jnp.float32(127.5) - 1)
-        skips = []
-        for level, width in enumerate(WIDTHS):
-            if level:
-                x = block(width, name=f"down_{level}")(Downsample(width, name=f"halve_{level}")(x))
-            x = block(width, name=f"level_{level}")(x)
-            skips.append(x)
-        seen = nn.silu(GroupNorm(GROUPS, 1e-5, name="norm_whole")(x)).mean((1, 2))
-        style = Dense(len(artwork.STYLES), name="style")(seen)
-        colour = Dense(len(backgrounds.COLOURS), name="colour")(seen)
-        for level in (2, 1, 0):
-            skip = skips[level]
-            width = max(WIDTHS[level], TOP)
-            x = Conv(width, kernel=1, name=f"narrow_{level}")(x)
-            x = jnp.concatenate([resize_nearest(x, *skip.shape[1:3]), skip], -1)
-            norm = GroupNorm(GROUPS, 1e-5, name=f"norm_up_{level}").affine(x)
-            x = Conv(width, name=f"up_{level}")(x, norm)
-        h = nn.silu(GroupNorm(GROUPS, 1e-5, name="norm_out")(x))
-        return Conv(1 + self.subjects, kernel=1, name="conv_out")(h), style, colour
+        x = Conv(24, name="conv_in")(_centred(crops))
+        for level, width in enumerate((32, 64, 128)):
+            x = Downsample(width, name=f"halve_{level}")(x)
+            x = ResBlock(width, groups=GROUPS, name=f"level_{level}")(x)
+        x = nn.silu(GroupNorm(GROUPS, 1e-5, name="norm_out")(x))
+        # Where it is counts, too: crops are boxes, so that a part is always at its place.
+        x = nn.silu(Dense(192, name="whole")(x.reshape(len(x), -1)))
+        return Dense(1 + self.subjects, name="name")(x), Dense(len(artwork.STYLES), name="style")(x)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A subject in a picture: its number, style, box (x0, y0, x1, y1 of sides) and cells."""
+
+    subject: int
+    style: str
+    box: tuple[float, float, float, float]
+    cells: np.ndarray  # bool [32, 32]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What pictures show, by the judge.
+    """What a picture shows, by the judge: subjects, and its background's colour."""
 
-    Attributes:
-        cells: int16 [B, 32, 32], 0 or 1 + the number of the subject.
-        style: int [B], of `artwork.STYLES`.
-        colour: int [B], of `backgrounds.COLOURS`.
-    """
-
-    cells: np.ndarray
-    style: np.ndarray
-    colour: np.ndarray
+    found: list[Found]
+    colour: str
 
 
-def network() -> Verdict:
+def namer() -> Namer:
     """The network for the subjects of the artwork."""
-    return Verdict(len(artwork.load().subjects))
+    return Namer(len(artwork.load().subjects))
 
 
 def init(key: Array) -> Params:
-    """Fresh parameters."""
-    return network().init(key, jnp.zeros((1, SIDE, SIDE, 3), jnp.uint8))["params"]
+    """Fresh parameters of both."""
+    one, two = jax.random.split(key)
+    picture, crop = (jnp.zeros((1, side, side, 3), jnp.uint8) for side in (SIDE, CROP))
+    return {
+        "finder": Finder().init(one, picture)["params"],
+        "namer": namer().init(two, crop)["params"],
+    }
 
 
 def read(folder: Path = FOLDER) -> Params:
@@ -100,24 +129,93 @@ def read(folder: Path = FOLDER) -> Params:
     return read_params({"judge": tensors})["judge"]
 
 
-def look(params: Params, images: Sequence[np.ndarray]) -> Seen:
-    """Judges pictures uint8 [64, 64, 3]. UserError for one of another size."""
+def look(params: Params, images: Sequence[np.ndarray]) -> list[Seen]:
+    """Judges pictures uint8 [64, 64, 3]. UserError for one of another shape."""
     for image in images:
         if image.shape != (SIDE, SIDE, 3):
-            height, width = image.shape[:2]
-            raise UserError(f"the judge sees pictures of 64x64, not of {width}x{height}")
-    parts = []
-    for start in range(0, len(images), BATCH):
-        batch = np.stack(images[start : start + BATCH])
-        room = ((0, BATCH - len(batch)), *((0, 0),) * 3)  # one program serves all batches
-        parts.append([np.asarray(a)[: len(batch)] for a in _look(params, np.pad(batch, room))])
-    if not parts:
+            raise UserError(f"the judge sees pictures [64, 64, 3], not {list(image.shape)}")
+    if not len(images):
         raise UserError("there is nothing to judge")
-    return Seen(*(np.concatenate(found) for found in zip(*parts)))
+    shown, boxes, colours = _in_batches(partial(_find, params["finder"]), images)
+    parts = [instances(*cells) for cells in zip(shown, boxes)]
+    crops = [crop(image, box) for image, found in zip(images, parts) for box, _ in found]
+    names = zip(*_in_batches(partial(_name, params["namer"]), crops)) if crops else iter(())
+    seen = []
+    for found, colour in zip(parts, colours):
+        subjects = []
+        for (box, cells), (name, style) in zip(found, names):
+            if name:  # which is of something
+                subjects.append(Found(int(name) - 1, artwork.STYLES[style], box, cells))
+        seen.append(Seen(subjects, list(backgrounds.COLOURS)[colour]))
+    return seen
+
+
+def instances(
+    shown: np.ndarray, reach: np.ndarray
+) -> list[tuple[tuple[float, float, float, float], np.ndarray]]:
+    """Cells [32, 32] and how far their boxes reach [32, 32, 4] -> boxes and cells of subjects.
+
+    The box on which most cells agree first; those cells are taken, and so on.
+    """
+    rows, columns = np.nonzero(shown)
+    middle = np.stack([columns, rows, columns, rows], -1) / CELLS + 0.5 / CELLS
+    boxes = middle + reach[rows, columns] * (-1, -1, 1, 1)
+    left, found = np.arange(len(boxes)), []
+    while len(left) >= LEAST:
+        agree = overlaps(boxes[left]) >= ALIKE
+        best = agree[agree.sum(1).argmax()]
+        if best.sum() < LEAST:
+            break
+        mine = left[best]
+        cells = np.zeros_like(shown)
+        cells[rows[mine], columns[mine]] = True
+        box = np.median(boxes[mine], 0).clip(0, 1)
+        found.append(((box[0], box[1], box[2], box[3]), cells))
+        left = left[~best]
+    return found
+
+
+def overlaps(boxes: np.ndarray) -> np.ndarray:
+    """Intersection over union of each two of boxes [N, 4] -> [N, N]."""
+    low = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
+    both = (high - low).clip(0).prod(-1)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
+    return both / np.maximum(area[:, None] + area[None] - both, 1e-9)
+
+
+def crop(image: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
+    """What a box of fractions holds, and a pixel around it, uint8 [32, 32, 3]."""
+    x0, y0, x1, y1 = (SIDE * edge for edge in box)
+    around = (max(0, x0 - 1), max(0, y0 - 1), min(SIDE, x1 + 1), min(SIDE, y1 + 1))
+    return np.asarray(
+        Image.fromarray(image).resize((CROP, CROP), Image.Resampling.BILINEAR, box=around)
+    )
+
+
+def _centred(images: Array) -> Array:
+    return images / jnp.float32(127.5) - 1
+
+
+def _in_batches(program: partial, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What a program makes of rows; one program serves all batches, the last is filled up."""
+    parts = []
+    for start in range(0, len(rows), BATCH):
+        batch = np.stack(rows[start : start + BATCH])
+        room = ((0, BATCH - len(batch)), *((0, 0),) * 3)
+        parts.append([np.asarray(a)[: len(batch)] for a in program(np.pad(batch, room))])
+    return [np.concatenate(found) for found in zip(*parts)]
 
 
 @jax.jit
 @full_precision
-def _look(params: Params, images: Array) -> tuple[Array, Array, Array]:
-    cells, style, colour = network().apply({"params": params}, images)
-    return cells.argmax(-1).astype(jnp.int16), style.argmax(-1), colour.argmax(-1)
+def _find(params: Params, images: Array) -> tuple[Array, ...]:
+    shown, boxes, colour = Finder().apply({"params": params}, images)
+    return shown > 0, boxes, colour.argmax(-1)
+
+
+@jax.jit
+@full_precision
+def _name(params: Params, crops: Array) -> tuple[Array, Array]:
+    name, style = namer().apply({"params": params}, crops)
+    return name.argmax(-1), style.argmax(-1)

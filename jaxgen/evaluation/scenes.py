@@ -4,15 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage
 
-from jaxgen.data.emoji_scenes import artwork, backgrounds, said
+from jaxgen.data.emoji_scenes import artwork, said
 from jaxgen.evaluation import judge
 from jaxgen.evaluation.judge import Seen
 from jaxgen.types import Params
 
-LEAST = 16  # cells of 32x32 that show a subject; the thinnest one at its smallest takes 22
-AXES = {"left of": (1, -1), "right of": (1, 1), "above": (0, -1), "below": (0, 1)}  # axis, sign
+AXES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis, sign
 SIDES = {"left of": "left or right", "right of": "left or right"}  # the others: above or below
 
 Shares = dict[str, tuple[int, int]]  # by what was asked: how often it was right, and asked
@@ -23,63 +21,41 @@ def right(params: Params, images: Sequence[np.ndarray], captions: Sequence[str])
 
     By what was asked: `subject, head` and so on, once for each subject that a caption names, right
     where the picture shows it; `all subjects` of a caption; `nothing else`, right where the picture
-    shows no subject beside those; `style`; `background`, its colour;
-    `left or right` and `above or below`, right where both subjects are shown and their centres lie
-    so; the same `of two shown`, asked of pictures that show both. What no caption says is absent.
+    shows no subject beside those; `style`, right where all that is shown has it; `background`, its
+    colour; `left or right` and `above or below`, right where both subjects are shown and the
+    middles of their boxes lie so; the same `of two shown`, asked of pictures that show both. What
+    no caption says is absent.
     """
-    seen = judge.look(params, images)
     asked: Counter[str] = Counter()
     found: Counter[str] = Counter()
-    for i, caption in enumerate(captions):
-        for name, is_right in _verdicts(said.read(caption), seen, i):
+    for seen, caption in zip(judge.look(params, images), captions):
+        for name, is_right in verdicts(said.read(caption), seen):
             asked[name] += 1
             found[name] += is_right
     return {name: (found[name], asked[name]) for name in sorted(asked, key=_order)}
 
 
-def _verdicts(claim: said.Said, seen: Seen, i: int) -> list[tuple[str, bool]]:
-    cells = seen.cells[i]
-    shown = _shown(cells)
-    verdicts = [
-        (f"subject, {artwork.load().subjects[n].group}", n in shown) for n in claim.subjects
-    ]
+def verdicts(claim: said.Said, seen: Seen) -> list[tuple[str, bool]]:
+    """What is right of what is said of one picture, by what was asked."""
+    boxes = {each.subject: np.array(each.box) for each in reversed(seen.found)}  # the surest first
+    shown = [(f"subject, {artwork.load().subjects[n].group}", n in boxes) for n in claim.subjects]
     if claim.subjects:
-        verdicts.append(("all subjects", shown.issuperset(claim.subjects)))
-        verdicts.append(("nothing else", shown.issubset(claim.subjects)))
+        shown.append(("all subjects", boxes.keys() >= set(claim.subjects)))
+        shown.append(("nothing else", boxes.keys() <= set(claim.subjects)))
     if claim.style:
-        verdicts.append(("style", artwork.STYLES[seen.style[i]] == claim.style))
+        styles = {each.style for each in seen.found}
+        shown.append(("style", styles == {claim.style}))
     if claim.colour:
-        verdicts.append(("background", list(backgrounds.COLOURS)[seen.colour[i]] == claim.colour))
+        shown.append(("background", seen.colour == claim.colour))
     for one, relation, other in claim.relations:
         name = SIDES.get(relation, "above or below")
-        both = one in shown and other in shown
-        lies = both and _lies(cells, one, relation, other)
-        verdicts.append((name, lies))
+        both, (axis, sign) = one in boxes and other in boxes, AXES[relation]
+        apart = boxes[one] - boxes[other] if both else np.zeros(4)
+        lies = bool(sign * (apart[axis] + apart[axis + 2]) > 0)
+        shown.append((name, lies))
         if both:
-            verdicts.append((f"{name}, of two shown", lies))
-    return verdicts
-
-
-def _shown(cells: np.ndarray) -> set[int]:
-    """The subjects of cells [32, 32]: a fringe of one around another does not show it.
-
-    A connected part of a subject's cells does that is large enough, and within whose box most of
-    what is no background is of this subject.
-    """
-    shown = set()
-    for label in np.unique(cells[cells > 0]):
-        parts, _ = ndimage.label(cells == label)
-        for part, box in enumerate(ndimage.find_objects(parts), 1):
-            own = (parts[box] == part).sum()
-            if own >= LEAST and 2 * own > (cells[box] > 0).sum():
-                shown.add(int(label) - 1)
+            shown.append((f"{name}, of two shown", lies))
     return shown
-
-
-def _lies(cells: np.ndarray, one: int, relation: str, other: int) -> bool:
-    axis, sign = AXES[relation]
-    a, b = (np.nonzero(cells == n + 1)[axis].mean() for n in (one, other))
-    return bool(sign * (a - b) > 0)
 
 
 def _order(name: str) -> tuple[int, str]:

@@ -8,71 +8,72 @@ import pytest
 from PIL import Image
 
 from jaxgen import cli
-from jaxgen.data.emoji_scenes import artwork, backgrounds
+from jaxgen.data.emoji_scenes import artwork, said
 from jaxgen.data.emoji_scenes.longtail import SPLITS
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 from jaxgen.evaluation import judge, report, scenes
 from jaxgen.types import UserError
 from train import judge as training
 
-BLANK = np.zeros((64, 64, 3), np.uint8)
+NO_CELLS = np.zeros((judge.CELLS, judge.CELLS), bool)
+LEFT, RIGHT, LOW = (0.1, 0.2, 0.4, 0.5), (0.5, 0.3, 0.9, 0.6), (0.15, 0.6, 0.4, 0.9)
 
 
-def seen(monkeypatch, *, shown, style="flat", colour="blue"):
-    """A judge that sees subjects, by name, in rows and columns of cells, whatever the picture."""
-    cells = np.zeros((1, judge.CELLS, judge.CELLS), np.int16)
-    for name, (rows, columns) in shown.items():
-        cells[0, rows, columns] = 1 + artwork.load().number(name)
-    numbers = artwork.STYLES.index(style), list(backgrounds.COLOURS).index(colour)
-    verdict = judge.Seen(cells, *(np.array([n]) for n in numbers))
-    monkeypatch.setattr(judge, "look", lambda *_: verdict)
+def right(caption, shown, style="flat", colour="blue"):
+    """What is right of a caption in a picture that shows subjects, by name, in boxes."""
+    number = artwork.load().number
+    found = [judge.Found(number(name), style, box, NO_CELLS) for name, box in shown.items()]
+    found = scenes.verdicts(said.read(caption), judge.Seen(found, colour))
+    return [name for name, is_right in found if is_right], [n for n, yes in found if not yes]
 
 
-LEFT, RIGHT, FEW = np.s_[8:20, 2:12], np.s_[10:22, 18:30], np.s_[0:1, 0 : scenes.LEAST - 1]
-
-
-def test_what_is_shown_where_it_is_said_is_right(monkeypatch):
-    seen(monkeypatch, shown={"red apple": LEFT, "owl": RIGHT})
+def test_what_is_shown_where_it_is_said_is_right():
+    shown = {"red apple": LEFT, "owl": RIGHT}
     caption = "a red apple left of an owl, flat style, on a blue background"
-    assert scenes.right({}, [BLANK], [caption]) == {
-        "subject, head": (2, 2),
-        "all subjects": (1, 1),
-        "nothing else": (1, 1),
-        "style": (1, 1),
-        "background": (1, 1),
-        "left or right": (1, 1),
-        "left or right, of two shown": (1, 1),
-    }
-    caption = "an owl left of a red apple, 3D style, on a red background"
-    found = scenes.right({}, [BLANK], [caption])
+    assert right(caption, shown) == (
+        [
+            *["subject, head"] * 2,
+            *["all subjects", "nothing else", "style", "background"],
+            *["left or right", "left or right, of two shown"],
+        ],
+        [],
+    )
     wrong = ["style", "background", "left or right", "left or right, of two shown"]
-    assert all(found[name] == (0, 1) for name in wrong)
-    assert scenes.right({}, [BLANK], ["an owl above a red apple"])["above or below"] == (0, 1)
+    assert right("an owl left of a red apple, 3D style, on a red background", shown)[1] == wrong
+    shown = {"red apple": LEFT, "owl": LOW}  # whose middles differ along x, too
+    assert not right("a red apple above an owl", shown)[1]
+    assert right("a red apple below an owl", shown)[1][0] == "above or below"
 
 
-def test_a_subject_that_is_not_shown_lies_nowhere(monkeypatch):
-    seen(monkeypatch, shown={"red apple": LEFT, "owl": FEW})
-    found = scenes.right({}, [BLANK], ["a red apple left of an owl"])
-    assert found == {
-        "subject, head": (1, 2),
-        "all subjects": (0, 1),
-        "nothing else": (1, 1),
-        "left or right": (0, 1),
-    }
-    assert scenes.right({}, [BLANK], ["a view of Paris"]) == {}
+def test_a_subject_that_is_not_shown_lies_nowhere():
+    assert right("a red apple left of an owl", {"red apple": LEFT, "fox": RIGHT}) == (
+        ["subject, head"],
+        ["subject, head", "all subjects", "nothing else", "left or right"],
+    )
+    assert right("a view of Paris", {"fox": LEFT}) == ([], [])
 
 
-def test_a_fringe_around_another_subject_shows_nothing(monkeypatch):
-    seen(monkeypatch, shown={"owl": np.s_[4:24, 4:24], "fox": np.s_[6:22, 6:22]})
-    found = scenes.right({}, [BLANK], ["an owl and a fox"])
-    assert found["subject, head"] == (1, 2)
-    assert scenes.right({}, [BLANK], ["a panda"])["nothing else"] == (0, 1)
+def test_cells_whose_boxes_agree_are_one_subject():
+    box = np.array([[0.1, 0.2, 0.5, 0.6], [0.52, 0.2, 0.9, 0.5]])
+    shown = NO_CELLS.copy()
+    reach = np.zeros((*shown.shape, 4))
+    y, x = (np.indices(shown.shape) + 0.5) / judge.CELLS
+    for low_x, low_y, high_x, high_y in box:
+        own = (x > low_x) & (x < high_x) & (y > low_y) & (y < high_y)
+        own &= (x * 40).astype(int) % 3 > 0  # which is in parts
+        shown |= own
+        reach[own] = np.stack([x - low_x, y - low_y, high_x - x, high_y - y], -1)[own]
+    shown[0, :5] = True  # too few, and of no size
+    found = judge.instances(shown, reach)
+    assert len(found) == 2
+    np.testing.assert_allclose(sorted(each[0] for each in found), box, atol=1e-6)
+    assert sum(cells.sum() for _, cells in found) == shown.sum() - 5
 
 
 def test_the_judge_knows_real_scenes():
     images, captions = report.read_all(EmojiScenes("emoji_scenes:test_even"), 100)
     for name, (right, asked) in scenes.right(judge.read(), images, captions).items():
-        assert right >= 0.9 * asked, name
+        assert right >= 0.85 * asked, name
     moved = [*captions[1:], captions[0]]
     chance = scenes.right(judge.read(), images, moved)
     for name, most in {"all subjects": 0.05, "background": 0.3, "style": 0.5}.items():
@@ -100,7 +101,7 @@ def test_a_damaged_or_missing_judge_is_named(tmp_path):
 
 
 def test_pictures_of_another_size_are_not_judged():
-    with pytest.raises(UserError, match="not of 32x48"):
+    with pytest.raises(UserError, match="not \\[48, 32, 3\\]"):
         judge.look({}, [np.zeros((48, 32, 3), np.uint8)])
 
 
