@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tyro
 
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
@@ -22,6 +23,8 @@ from jaxgen.evaluation import report
 from jaxgen.evaluation.report import Report
 from jaxgen.load import EMBEDDED_CLIP
 from jaxgen.save import check_new
+
+LATENTS = (16, 16, 4)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Bench:
     steps: int = 20
     guidance: float = 4.0
     batch: int = 20
+    seed: int = 0
     splits: tuple[str, ...] = ("test", "test_even")
     inception: Path | None = None
     """For FID and KID, as train/port_inception.py makes it."""
@@ -43,12 +47,15 @@ class Bench:
 
 
 def sampled(bench: Bench, captions: list[str], out: Path) -> Path:
-    """The captions as prompts, one picture each, in a new folder."""
+    """The captions as prompts, one picture each from noise of its own, in a new folder."""
     check_new(out)  # samples would be added to those of another model
     out.mkdir(parents=True, exist_ok=True)
     prompts = out / "prompts.txt"
     prompts.write_text("\n".join(captions) + "\n", "utf-8")
     command = [sys.executable, "-m", "jaxgen", "sample", "--prompts", str(prompts)]
+    noise = np.random.default_rng(bench.seed).standard_normal((len(captions), *LATENTS), np.float32)
+    np.save(out / "noise.npy", noise)  # one seed has one noise for all prompts
+    command += ["--latents", str(out / "noise.npy")]
     command += ["--steps", str(bench.steps), "--out", str(out)]
     command += ["--model", bench.model] if bench.model else []
     command += ["--guidance", str(bench.guidance), "--batch", str(bench.batch)]

@@ -53,7 +53,7 @@ def test_it_ships_in_less_than_forty_megabytes():
 def test_its_pictures_are_diffusers_pictures(tmp_path):
     shutil.copytree(EMBEDDED, tmp_path / "mini")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-        tmp_path / "mini", torch_dtype=torch.float32, low_cpu_mem_usage=False
+        tmp_path / "mini", dtype=torch.float32, low_cpu_mem_usage=False
     )
     pipe.set_progress_bar_config(disable=True)
     noise = np.random.default_rng(0).standard_normal((1, 16, 16, 4), np.float32)
