@@ -35,9 +35,7 @@ PIPELINES = (
 ASSETS = Path(__file__).parent / "assets"
 CLIP_TOKENIZER = ASSETS / "clip_tokenizer"
 EMBEDDED = ASSETS / "mini"  # a model folder like any other
-EMBEDDED_CLIP = (
-    EMBEDDED / "clip"
-)  # with one more part: its image encoder, and a text encoder for it
+EMBEDDED_CLIP = EMBEDDED / "clip"  # an image encoder, and the text encoder that goes with it
 
 
 @dataclasses.dataclass(frozen=True)

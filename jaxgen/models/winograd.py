@@ -69,7 +69,7 @@ def pays(x: Array, kernel: Array, doubled: bool = False, gradient: bool = False)
     Measured on x86: small images leave too little work to pay for transforming the kernel, except
     where the image is doubled (which saves more), and few channels too little to pay for
     transforming the image, unless it is the gradient of the kernel, at which XLA's form is slow
-    (benchmarks/README.md).
+    (benchmarks/kernels.py).
     """
     batch, height, width, inputs = x.shape
     exact = x.dtype in (jnp.float32, jnp.float64) and x.dtype == kernel.dtype
