@@ -100,7 +100,7 @@ def train(*options, code=None):
 def one_line(capsys):
     """What was said, which is one line."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    lines = [line for line in lines if not re.match(r" *\d+%\|", line)]  # bars
+    lines = [line for line in lines if not re.match(r"[\w ]*:? *\d+%\|", line)]  # bars
     assert len(lines) == 1, lines
     assert lines[0].startswith("jaxgen: ")
     return lines[0]
