@@ -8,7 +8,7 @@ demo: .venv/core.stamp  ## a grid of pictures, from a model that is in the repos
 	$(BIN)/python sample/demo.py
 
 test: .venv/test.stamp lint  ## lint, types and every test but the full-size ones
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: .venv/test.stamp  ## full-size SD 1.5 and SD 2.1-v against PyTorch; 16 GB and some minutes
 	$(BIN)/python -m pytest -m slow

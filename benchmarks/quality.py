@@ -21,7 +21,7 @@ import tyro
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 from jaxgen.evaluation import report
 from jaxgen.evaluation.report import Report
-from jaxgen.load import EMBEDDED_CLIP
+from jaxgen.refs import EMBEDDED_CLIP
 from jaxgen.save import check_new
 
 LATENTS = (16, 16, 4)

@@ -140,7 +140,7 @@ def in_process(folder: Path, bench: Bench) -> None:
         pipe.vae.decode(torch_x[:1] / 0.18215)
         synchronise()
 
-    cache = generate.prepare(params, Inputs(jnp.asarray(text)), unet=model.unet)
+    cache = generate.prepare(params, Inputs(jnp.asarray(text)), network=model.network)
     point = Point(*[None] * len(Point._fields))._replace(time=jnp.float32(500))  # type: ignore[arg-type]
     call = jax.jit(lambda p, x, c: model.unet.apply(p, x, point, c))
     device_x = jnp.asarray(x)

@@ -17,7 +17,7 @@ from jaxgen.denoiser import Model
 from jaxgen.models.clip import TextEncoder
 from jaxgen.models.vae import VAE
 from jaxgen.request import Plan
-from jaxgen.types import Array, Inputs, Params
+from jaxgen.types import Array, Control, Inputs, Params
 
 
 class Guidance(NamedTuple):
@@ -84,12 +84,37 @@ def condition(
         negative = np.tile(np.array(rows) == 0, len(indices))
         text = jnp.where(negative[:, None, None], encode(), text)
     inputs = Inputs(text, concat=_channels(checked, pictures, len(indices), len(rows)))
+    seen = [row > 0 or not guided for row in rows]  # in guess mode, by which branches
+    inputs = inputs._replace(controls=_controls(model, checked, seen, len(indices), mesh))
     if distilled:
         inputs = inputs._replace(guidance=(jnp.full(len(ids), request.guidance, jnp.float32),))
     low, high = request.guidance_interval
     numbers = (np.asarray(n, np.float32) for n in (scales, request.rescale, low, high))
     guidance = Guidance(*numbers)  # type: ignore[arg-type]
     return sharding.replicate(guidance, mesh), inputs
+
+
+def _controls(
+    model: Model, checked: Plan, seen: list[bool], images: int, mesh: Mesh
+) -> tuple[Control, ...]:
+    """Hints and how their residuals weigh, for every branch of every image where they differ."""
+    nets = [net.config for net in model.controls]
+    guess = checked.request.guess or bool(nets and nets[0].global_pool_conditions)  # as diffusers
+    out = []
+    for hint, net in zip(checked.hints, nets):
+        weights = np.ones(net.residuals)
+        if guess and not net.global_pool_conditions:
+            weights = np.logspace(-1, 0, net.residuals)
+        rows = (hint.scale * weights[None]).astype(np.float32)
+        if guess:
+            rows = sharding.split_batch(np.tile(np.array(seen)[:, None] * rows, (images, 1)), mesh)
+        else:
+            rows = sharding.replicate(rows, mesh)
+        pixels = hint.picture[None].astype(np.float32) / 255
+        span = () if hint.span == (0.0, 1.0) else tuple(map(np.float32, hint.span))
+        pixels, span = sharding.replicate((pixels, span), mesh)
+        out.append(Control(pixels, rows, span))
+    return tuple(out)
 
 
 def _channels(checked: Plan, pictures: Pictures, images: int, branches: int) -> tuple[Array, ...]:

@@ -4,11 +4,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.models.clip import TextEncoder, VisionEncoder
+from jaxgen.models.controlnet import ControlNet
 from jaxgen.models.unet import UNet
 from jaxgen.models.vae import VAE
-from jaxgen.types import Array, Cache, Denoiser, Inputs, Params, Point
+from jaxgen.types import Array, Cache, Control, Denoiser, Inputs, Params, Point, Residuals
+
+_SLACK = 1e-3  # of a step: 0.3 of 10 steps is 3, however 0.3 is rounded
+
+
+@dataclass(frozen=True)
+class Network:
+    """What denoises: the UNet and its branches. A program is compiled for each value of it."""
+
+    unet: UNet
+    controls: tuple[ControlNet, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,22 +37,73 @@ class Model:
     name: str  # what it was loaded from, for records
     pipeline: str = "StableDiffusionPipeline"  # `_class_name` of model_index.json
     vision: VisionEncoder | None = None  # with a parameter tree `clip`: what CLIP has beside text
+    controls: tuple[ControlNet, ...] = ()  # with parameter trees as `control_names` calls them
 
     @property
     def factor(self) -> int:
         """Pixels along a latent's side: 8 for Stable Diffusion."""
         return self.vae.config.factor
 
+    @property
+    def network(self) -> Network:
+        """What denoises."""
+        return Network(self.unet, self.controls)
 
-def prepare(unet: UNet, params: Params, inputs: Inputs) -> Cache:
+
+def control_names(count: int) -> tuple[str, ...]:
+    """Parts of a model that are ControlNets, as diffusers names their folders."""
+    return tuple("controlnet" + f"_{i}" * bool(i) for i in range(count))
+
+
+def prepare(network: Network, params: Params, inputs: Inputs) -> Cache:
     """All that the denoiser computes once per image, because it does not depend on time."""
-    return {"unet": unet.prepare(params["unet"], inputs)}
+    cache: Cache = {
+        "unet": network.unet.prepare(params["unet"], inputs),
+        "controls": inputs.controls,
+    }
+    for name, part, control in _controls(network, inputs.controls):
+        cache[name] = part.prepare(params[name], inputs, control.hint)
+    return cache
 
 
-def bind(unet: UNet, params: Params, cache: Cache) -> Denoiser:
+def bind(network: Network, params: Params, cache: Cache) -> Denoiser:
     """Closes the UNet over what `prepare` made: (noisy x [B, h, w, C], point) -> raw prediction."""
 
     def denoise(x: Array, point: Point) -> Array:
-        return unet.apply(params["unet"], point.scale * x, point, cache["unet"])
+        x = point.scale * x
+        residuals = [
+            _residuals(part, params[name], x, point, cache[name], control)
+            for name, part, control in _controls(network, cache["controls"])
+        ]
+        return network.unet.apply(params["unet"], x, point, cache["unet"], residuals)
 
     return denoise
+
+
+def _controls(
+    network: Network, controls: tuple[Control, ...]
+) -> list[tuple[str, ControlNet, Control]]:
+    names = control_names(len(network.controls))
+    return list(zip(names, network.controls, controls, strict=True))
+
+
+def _residuals(
+    part: ControlNet, params: Params, x: Array, point: Point, cache: Cache, control: Control
+) -> Residuals:
+    """Residuals of one ControlNet, weighted; outside of its span it does not run."""
+
+    def acting() -> Residuals:
+        found = part.apply(params, x, point, cache)
+        *skips, middle = jnp.moveaxis(control.weights, -1, 0)[..., None, None, None]
+        weighted = tuple(w * y for w, y in zip(skips, found.skips))
+        return Residuals(middle * found.middle, weighted)
+
+    if not control.span:
+        return acting()
+    low, high = control.span
+    # diffusers keeps step i where i / N >= low and (i + 1) / N <= high.
+    acts = (point.index >= low * point.steps - _SLACK) & (
+        point.index + 1 <= high * point.steps + _SLACK
+    )
+    nothing = lambda: jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(acting))  # noqa: E731
+    return jax.lax.cond(acts, acting, nothing)

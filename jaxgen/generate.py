@@ -18,11 +18,10 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxgen import conditioning, denoiser, sharding
-from jaxgen.denoiser import Model
+from jaxgen.denoiser import Model, Network
 from jaxgen.diffusion import grids, samplers
 from jaxgen.diffusion import guidance as guidances
 from jaxgen.models.tiling import decode_tiled
-from jaxgen.models.unet import UNet
 from jaxgen.models.vae import VAE
 from jaxgen.request import Plan, Request, plan
 from jaxgen.types import Array, Cache, Inputs, Params, Point, UserError
@@ -135,7 +134,7 @@ def _denoise(
     request, start = checked.request, checked.start
     noise, keys = _noise(checked, indices, mesh)
     guidance, inputs = conditioning.condition(model, params, checked, pictures, indices, mesh)
-    cache = prepare(params, inputs, unet=model.unet)
+    cache = prepare(params, inputs, network=model.network)
 
     points = sharding.replicate(grids.pad(checked.grid.points), mesh)
     x = noise * np.float32(checked.grid.initial)
@@ -151,7 +150,7 @@ def _denoise(
         before = state.x
         state = advance(
             params, cache, state, points, (i, i + 1, start), keys, guidance, blend,
-            unet=model.unet, sampler=checked.schedule.sampler,
+            network=model.network, sampler=checked.schedule.sampler,
         )  # fmt: skip
         before.block_until_ready()  # a step behind, so that the device never waits for the bar
         bar.update()
@@ -187,13 +186,13 @@ def draw(seed: Array, number: Array, shape: tuple[int, ...]) -> tuple[Array, Arr
     return jax.vmap(one)(number)
 
 
-@partial(jax.jit, static_argnames="unet")
-def prepare(params: Params, inputs: Inputs, *, unet: UNet) -> Cache:
+@partial(jax.jit, static_argnames="network")
+def prepare(params: Params, inputs: Inputs, *, network: Network) -> Cache:
     """What does not depend on time, once per batch."""
-    return denoiser.prepare(unet, params, inputs)
+    return denoiser.prepare(network, params, inputs)
 
 
-@partial(jax.jit, static_argnames=("unet", "sampler"))
+@partial(jax.jit, static_argnames=("network", "sampler"))
 def advance(
     params: Params,
     cache: Cache,
@@ -204,12 +203,12 @@ def advance(
     guidance: conditioning.Guidance,
     blend: tuple[Blend, ...],
     *,
-    unet: UNet,
+    network: Network,
     sampler: str,
 ) -> samplers.State:
     """Rows span[0] .. span[1] - 1 of a padded grid whose run began at row span[2]."""
     first, stop, start = span
-    denoise = denoiser.bind(unet, params, cache)
+    denoise = denoiser.bind(network, params, cache)
     if guidance.scales.size:
         denoise = guidances.guide(denoise, *guidance[:2], interval=guidance[2:])
 

@@ -1,8 +1,7 @@
 """Model folders, hub ids and single files in."""
 
 import dataclasses
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgen import config, sharding, trees, zoo
+from jaxgen import config, controls, sharding, trees, zoo
 from jaxgen.data.tokenizer import Tokenizer
-from jaxgen.denoiser import Model
+from jaxgen.denoiser import Model, control_names
 from jaxgen.models.clip import TextEncoder
 from jaxgen.models.unet import UNet
-from jaxgen.models.vae import VAE
+from jaxgen.parts import PARTS, checked
+from jaxgen.refs import ASSETS, EMBEDDED, find
 from jaxgen.types import Params, UserError
-from jaxgen.weights import files, hub, rename, single_file
+from jaxgen.weights import files, single_file
 from jaxgen.weights.files import Tensor, Tensors
 
 PREDICTIONS = single_file.PREDICTION_TYPES
@@ -32,41 +32,12 @@ PIPELINES = (
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
-ASSETS = Path(__file__).parent / "assets"
-CLIP_TOKENIZER = ASSETS / "clip_tokenizer"
-EMBEDDED = ASSETS / "mini"  # a model folder like any other
-EMBEDDED_CLIP = EMBEDDED / "clip"  # an image encoder, and the text encoder that goes with it
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """How one part of a model folder is stored.
-
-    `read` makes the network from its config; `tidy` brings old tensor names up to date.
-    """
-
-    folder: str
-    stem: str
-    library: str
-    class_name: str
-    read: Callable[[Mapping[str, Any], str], Any]
-    tidy: Callable[[Tensors], Tensors] = lambda tensors: tensors
-
-
-PARTS = {
-    "unet": Part("unet", "diffusion_pytorch_model", "diffusers", "UNet2DConditionModel", UNet.read),
-    "vae": Part(
-        "vae", "diffusion_pytorch_model", "diffusers", "AutoencoderKL", VAE.read, rename.modern_vae
-    ),
-    "text_encoder": Part(
-        "text_encoder",
-        "model",
-        "transformers",
-        "CLIPTextModel",
-        TextEncoder.read,
-        rename.prefixed_text,
-    ),
+CONTROLLED = {  # by what each pipeline is without ControlNets
+    "StableDiffusionPipeline": "StableDiffusionControlNetPipeline",
+    "StableDiffusionImg2ImgPipeline": "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline": "StableDiffusionControlNetInpaintPipeline",
 }
+CLIP_TOKENIZER = ASSETS / "clip_tokenizer"
 
 
 def load(
@@ -75,6 +46,7 @@ def load(
     dtype: str | None = "f32",
     variant: str = "",
     prediction: str | None = None,
+    control: Sequence[str | Path] = (),
     mesh: Mesh | None = None,
     rules: sharding.Rules = (),
 ) -> tuple[Model, Params]:
@@ -89,6 +61,8 @@ def load(
         variant: e.g. "fp16", to choose among the files of a folder.
         prediction: "epsilon", "v_prediction" or "sample", where it differs from what the files
             say, or a single file says nothing.
+        control: ControlNets, beside those that the folder holds: folders, hub ids, single files, or
+            those of the embedded model, "edges" and "segmentation".
         mesh: devices that hold the parameters; by default the first device alone. `sample` copies
             them to all its devices, unless they are there already.
         rules: (path pattern, PartitionSpec), for parameters that are to be split over the mesh;
@@ -97,12 +71,16 @@ def load(
     Raises:
         UserError: one line that names what is missing, damaged or not supported.
     """
-    model, tensors = open_model(ref, variant, prediction)
+    model, tensors = open_model(ref, variant, prediction, control=control)
     return model, read_params(tensors, dtype, sharding.by_rules(mesh, rules))
 
 
 def open_model(
-    ref: str | Path | None, variant: str = "", prediction: str | None = None, seed: int = 0
+    ref: str | Path | None,
+    variant: str = "",
+    prediction: str | None = None,
+    seed: int = 0,
+    control: Sequence[str | Path] = (),
 ) -> tuple[Model, dict[str, Tensors]]:
     """A model and its tensors by part and path: names and shapes are checked, no values read.
 
@@ -112,7 +90,7 @@ def open_model(
         raise UserError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
     if str(ref).startswith(zoo.PREFIX):
         model, tensors = _open_fresh(str(ref), seed)
-        return _predicting(model, prediction), tensors
+        return controls.attach(_predicting(model, prediction), tensors, control)
     path = find(ref, variant)
     if path.is_file():
         model, released = _open_single(path, prediction)
@@ -121,15 +99,10 @@ def open_model(
     model = _predicting(model, prediction)
     tensors = {}
     for name in PARTS:
-        tensors[name] = rename.by_path(released[name])
-        expected = trees.shapes(getattr(model, name).init)
-        files.report(_keys(trees.flatten(expected)), _keys(tensors[name]), f"{ref or path}: {name}")
-        whole = [p for p, tensor in tensors[name].items() if tensor.dtype not in files.FLOATS]
-        if whole:
-            raise UserError(
-                f"{ref or path}: {name}: {rename.to_key(whole[0])} holds no floating numbers"
-            )
-    return dataclasses.replace(model, name=str(ref or EMBEDDED.name)), tensors
+        tensors[name] = checked(getattr(model, name), released[name], f"{ref or path}: {name}")
+    model = dataclasses.replace(model, name=str(ref or EMBEDDED.name))
+    own = controls.found_in(path) if path.is_dir() else []
+    return controls.attach(model, tensors, [*own, *control])
 
 
 def _predicting(model: Model, prediction: str | None) -> Model:
@@ -158,24 +131,6 @@ def read_params(
     return params
 
 
-def find(ref: str | Path | None, variant: str = "") -> Path:
-    """The folder or file that `ref` names, fetched from the hub if it is an id."""
-    path = Path(EMBEDDED if ref is None else ref)
-    if str(ref) == EMBEDDED.name and not (path / "model_index.json").is_file():
-        return EMBEDDED
-    try:
-        if path.exists():
-            return path
-    except OSError as error:
-        raise UserError(f"no model {str(ref)[:80]}: {error.strerror}") from None
-    if hub.is_id(str(ref)) and not path.parent.is_dir():
-        return hub.fetch(str(ref), variant)
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, beside, 1)
-    hint = f"; did you mean {path.parent / close[0]}?" if close else ""
-    raise UserError(f"no model folder or file {path}{hint}")
-
-
 def place(tensor: Tensor, dtype: Any, where: jax.sharding.Sharding) -> jax.Array:
     """Reads a tensor onto its devices; a host reads only the blocks that its devices hold."""
 
@@ -188,17 +143,6 @@ def place(tensor: Tensor, dtype: Any, where: jax.sharding.Sharding) -> jax.Array
     return jax.make_array_from_callback(tensor.shape, where, read)
 
 
-def _keys(flat: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes and names as released: what a reader of the error can look up in the file."""
-
-    def released(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if path.endswith("/kernel"):
-            return tuple(shape[i] for i in rename.TO_TORCH[len(shape)])
-        return tuple(shape)
-
-    return {rename.to_key(path): released(path, leaf.shape) for path, leaf in flat.items()}
-
-
 def _open_folder(path: Path, variant: str) -> tuple[Model, dict[str, Tensors]]:
     index = path / "model_index.json"
     if not index.is_file():
@@ -208,6 +152,7 @@ def _open_folder(path: Path, variant: str) -> tuple[Model, dict[str, Tensors]]:
             f"{path} is no model folder: it should hold model_index.json and has {what}"
         )
     pipeline = str(config.read_json(index).get("_class_name"))
+    pipeline = {v: k for k, v in CONTROLLED.items()}.get(pipeline, pipeline)
     if pipeline not in PIPELINES:
         raise UserError(
             f"{index} is of {pipeline}; only the Stable Diffusion 1.x and 2.x families are loaded"
@@ -215,9 +160,7 @@ def _open_folder(path: Path, variant: str) -> tuple[Model, dict[str, Tensors]]:
         )
     networks, tensors = {}, {}
     for name, part in PARTS.items():
-        where = path / part.folder / "config.json"
-        networks[name] = part.read(_typed(config.read_json(where), part, where), str(where))
-        tensors[name] = part.tidy(files.open_folder(path / part.folder, part.stem, variant))
+        networks[name], tensors[name] = part.open(path / part.folder, variant)
     where = path / "scheduler" / "scheduler_config.json"
     scheduler = config.read_json(where)
     if not isinstance(scheduler.get("_class_name"), str):
@@ -228,13 +171,6 @@ def _open_folder(path: Path, variant: str) -> tuple[Model, dict[str, Tensors]]:
     )
     _check(model)
     return model, tensors
-
-
-def _typed(data: dict[str, Any], part: Part, where: Path) -> dict[str, Any]:
-    found = data.get("_class_name", part.class_name)
-    if found != part.class_name:
-        raise UserError(f"{where} is of {found}, not of {part.class_name}")
-    return data
 
 
 def _open_single(path: Path, prediction: str | None) -> tuple[Model, dict[str, Tensors]]:
@@ -309,7 +245,7 @@ def describe(ref: str | Path) -> str:
     kinds = {9: "inpainting (9 channels)", 8: "instruction editing (8 channels)"}
     side = unet.sample_size[0] if isinstance(unet.sample_size, tuple) else unet.sample_size
     lines = [f"{ref}: {model.pipeline}"]
-    for name in PARTS:
+    for name in tensors:
         count = sum(int(np.prod(t.shape)) for t in tensors[name].values())
         held = sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in tensors[name].values())
         dtypes = "/".join(sorted({str(t.dtype) for t in tensors[name].values()}))
@@ -321,6 +257,6 @@ def describe(ref: str | Path) -> str:
         f"  size          {f'{side * model.factor} pixels' if side else 'not stated'}, "
         f"f = {model.factor}",
         f"  text          {unet.cross_attention_dim} wide, {model.tokenizer.size} tokens",
-        "  branches      none",
+        f"  branches      {', '.join(control_names(len(model.controls))) or 'none'}",
     ]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxgen import generate, locks
 from jaxgen.data import images
+from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model
 from jaxgen.request import Plan
 from jaxgen.types import Params, UserError
@@ -95,6 +96,8 @@ class Writer:
             "clip_skip": request.clip_skip + 1 if request.clip_skip else None,
             "denoising_strength": None,
             "mask": "yes" if checked.mask.size else None,
+            "control": _controls(checked.hints) or None,
+            "guess": "yes" if request.guess else None,
             "latents": "from a file" if request.latents is not None else None,
             "dtype": self.dtype if self.dtype != "f32" else None,
         }
@@ -118,3 +121,12 @@ class Writer:
             "size": f"{width}x{height}",
             "model": self.model.name,
         }
+
+
+def _controls(hints: list[Hint]) -> str:
+    """The hints of a request, as the command's options name them."""
+    return "; ".join(
+        f"{hint.name or 'an array'}@{hint.scale:g}"
+        + f" from {hint.span[0]:g} to {hint.span[1]:g}" * (hint.span != (0.0, 1.0))
+        for hint in hints
+    )

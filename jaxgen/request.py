@@ -1,6 +1,7 @@
 """What one asks of a model, checked on the host before anything compiles."""
 
 import dataclasses
+import logging
 import math
 import operator
 from collections.abc import Sequence
@@ -8,12 +9,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxgen.data import images, prompts
+from jaxgen.data.hints import Hint, fit
 from jaxgen.denoiser import Model
 from jaxgen.diffusion import grids
 from jaxgen.diffusion.schedule import Schedule
 from jaxgen.types import UserError
 
 MAX_IMAGES = 10**6  # of one request
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +47,9 @@ class Request:
         image: uint8 [H, W, 3] to start from, or to edit.
         strength: how far an image is noised, 0 < strength <= 1; 0.8 by default.
         mask: bool [H, W], True where the image is repainted.
+        control: for each ControlNet of the model, in order, a `Hint`, or its picture alone.
+        guess: whether ControlNets are followed without a prompt: the negative branch sees no hint,
+            and early residuals weigh less (Zhang et al. 2023, "guess mode").
         latents: float32 [N, H/f, W/f, C] standard normal noise instead of the seed's, with N = 1
             or prompts x count.
     """
@@ -65,6 +72,8 @@ class Request:
     image: np.ndarray | None = None
     strength: float | None = None
     mask: np.ndarray | None = None
+    control: Sequence[Hint | np.ndarray] = ()
+    guess: bool = False
     latents: np.ndarray | None = None
 
 
@@ -82,6 +91,7 @@ class Plan:
     image: np.ndarray  # uint8 [H, W, 3] at `size`; empty without one
     mask: np.ndarray  # bool [h, w] at the latents' size; empty without one
     pixel_mask: np.ndarray  # bool [H, W] at `size`; empty without one
+    hints: list[Hint]  # for each ControlNet, of `size` and with the channels that it reads
     texts: list[tuple[np.ndarray, np.ndarray]]  # per prompt: ids and weights, [2, n, 77] each
     inpaints: bool  # the UNet reads a mask and the masked image
     edits: bool  # the UNet reads the image to edit
@@ -127,6 +137,7 @@ def plan(model: Model, request: Request) -> Plan:
         image=image,
         mask=mask,
         pixel_mask=pixel_mask,
+        hints=_hints(model, request, width, height),
         texts=[_text(model, prompt, request.negative) for prompt in request.prompts],
         inpaints=inpaints,
         edits=edits,
@@ -269,6 +280,30 @@ def _start(request: Request, edits: bool) -> tuple[int, bool]:
         )
     # As in diffusers: only inpainting at full strength forgets the picture altogether.
     return request.steps - count, request.mask is not None and strength == 1
+
+
+def _hints(model: Model, request: Request, width: int, height: int) -> list[Hint]:
+    """A hint for each ControlNet, as the network reads it."""
+    nets, given = model.controls, len(request.control)
+    if len(nets) != given:
+        raise UserError(
+            f"{model.name} has {len(nets)} ControlNet{'s' * (len(nets) != 1)}, and {given} "
+            f"hint{'s are' if given != 1 else ' is'} given (control)"
+        )
+    if request.guess and not nets:
+        raise UserError("guess has no effect without a ControlNet (control)")
+    hints = []
+    for one, net in zip(request.control, nets):
+        hint = one if isinstance(one, Hint) else Hint(one)
+        hint.check()
+        picture = fit(hint.picture, width, height, net.config.conditioning_channels)
+        if picture.shape[:2] != hint.picture.shape[:2]:
+            found = "{1}x{0}".format(*hint.picture.shape)
+            logger.warning(
+                "%s is resized from %s to %dx%d", hint.name or "a hint", found, width, height
+            )
+        hints.append(dataclasses.replace(hint, picture=picture))
+    return hints
 
 
 def _text(model: Model, prompt: str, negative: str) -> tuple[np.ndarray, np.ndarray]:

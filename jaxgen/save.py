@@ -4,17 +4,16 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from jaxgen import config, trees
-from jaxgen.denoiser import Model
-from jaxgen.load import PARTS
+from jaxgen import config
+from jaxgen.denoiser import Model, control_names
+from jaxgen.load import CONTROLLED
+from jaxgen.models.controlnet import ControlNet
+from jaxgen.parts import CONTROLNET, PARTS, released
 from jaxgen.types import Params, UserError
-from jaxgen.weights import files, rename
+from jaxgen.weights import files
 
 
 def save(model: Model, params: Params, folder: str | Path) -> None:
@@ -25,6 +24,8 @@ def save(model: Model, params: Params, folder: str | Path) -> None:
     """
     folder = Path(folder).resolve()
     check_new(folder)
+    if model.controls and model.pipeline not in CONTROLLED:
+        raise UserError(f"diffusers has no {model.pipeline} with ControlNets to be saved for")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = folder if folder.exists() else folder.parent
@@ -54,7 +55,8 @@ def check_new(folder: Path) -> None:
 
 
 def _write(model: Model, params: Params, folder: Path) -> None:
-    index: dict[str, Any] = {"_class_name": model.pipeline}
+    pipeline = CONTROLLED[model.pipeline] if model.controls else model.pipeline
+    index: dict[str, Any] = {"_class_name": pipeline}
     for name, part in PARTS.items():
         projected = name == "text_encoder" and model.text_encoder.projected
         class_name = part.class_name + "WithProjection" * projected
@@ -65,6 +67,10 @@ def _write(model: Model, params: Params, folder: Path) -> None:
             del data["_class_name"]
             data |= {"architectures": [class_name], "model_type": "clip_text_model"}
         config.write_json(folder / part.folder / "config.json", data)
+    for name, net in zip(control_names(len(model.controls)), model.controls):
+        write_control(net, params[name], folder / name)
+        kind = "MultiControlNetModel" if len(model.controls) > 1 else CONTROLNET.class_name
+        index["controlnet"] = [CONTROLNET.library, kind]
     if model.vision:
         _write_clip(model, params, folder / "clip")
     index["tokenizer"] = ["transformers", "CLIPTokenizer"]
@@ -78,6 +84,12 @@ def _write(model: Model, params: Params, folder: Path) -> None:
     config.write_json(folder / "model_index.json", index)
 
 
+def write_control(net: ControlNet, params: Params, folder: Path) -> None:
+    """Writes a ControlNet's own folder, which must be new."""
+    files.save_folder(folder, CONTROLNET.stem, released(params))
+    config.write_json(folder / "config.json", net.config.dump())
+
+
 def _write_clip(model: Model, params: Params, folder: Path) -> None:
     """The text encoder again, with all that makes it transformers' CLIPModel."""
     assert model.vision
@@ -88,16 +100,3 @@ def _write_clip(model: Model, params: Params, folder: Path) -> None:
     files.save_folder(folder, "model", released({**params["text_encoder"], **params["clip"]}))
     config.write_json(folder / "config.json", data)
     model.tokenizer.save(folder)
-
-
-def released(params: Params) -> Iterator[tuple[str, Callable[[], np.ndarray], int]]:
-    """Keys, values and sizes of a tree as PyTorch has them."""
-    for path, leaf in trees.flatten(params).items():
-
-        def read(path: str = path, leaf: Any = leaf) -> np.ndarray:
-            array = np.asarray(leaf)
-            if path.endswith("/kernel"):
-                array = array.transpose(rename.TO_TORCH[array.ndim])
-            return array
-
-        yield rename.to_key(path), read, leaf.nbytes

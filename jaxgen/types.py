@@ -57,6 +57,21 @@ def at_least_float32(x: Array) -> Array:
 full_precision = jax.default_matmul_precision("float32")
 
 
+class Residuals(NamedTuple):
+    """What a branch adds inside a UNet."""
+
+    middle: Array  # [B, h, w, C] to what the middle block makes
+    skips: tuple[Array, ...]  # to each skip, first to last, or to none; all may be [B, 1, 1, C]
+
+
+class Control(NamedTuple):
+    """What a ControlNet is given."""
+
+    hint: Array  # [R, H, W, C] in [0, 1], R = 1 for the whole batch or B
+    weights: Array  # [R, n + 1] of the residuals: skips, first to last, then the middle
+    span: tuple[Array, ...] = ()  # two []: the part of a run in which it acts; without, always
+
+
 class Inputs(NamedTuple):
     """What conditions a batch of denoising. Absent is empty, never None."""
 
@@ -64,3 +79,4 @@ class Inputs(NamedTuple):
     concat: tuple[Array, ...] = ()  # [B, H, W, C] each: channels the UNet reads beside x
     added: tuple[Array, ...] = ()  # SDXL: pooled text [B, P] and time ids [B, 6]
     guidance: tuple[Array, ...] = ()  # distilled UNets: guidance scale [B]
+    controls: tuple[Control, ...] = ()  # one for each ControlNet

@@ -28,8 +28,8 @@ def main(folder: str, prompt: str) -> None:
     grid = grids.grid(plan.schedule, asked.steps).points
 
     def brightness(noise: Array, params: Params) -> Array:
-        cache = denoiser.prepare(model.unet, params, inputs)
-        denoise = denoiser.bind(model.unet, params, cache)
+        cache = denoiser.prepare(model.network, params, inputs)
+        denoise = denoiser.bind(model.network, params, cache)
         guided = guidance.guide(denoise, scales.scales)
         latents = samplers.unroll(samplers.ddim, guided, samplers.State(noise, ()), grid, None).x
         return model.vae.decode(params["vae"], latents).mean()

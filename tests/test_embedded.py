@@ -10,7 +10,8 @@ import torch
 
 import jaxgen
 from jaxgen import cli, zoo
-from jaxgen.load import ASSETS, EMBEDDED, open_model
+from jaxgen.load import open_model
+from jaxgen.refs import ASSETS, EMBEDDED
 from jaxgen.types import UserError
 
 PROMPT = "a red apple left of an owl, flat style, on a blue background"

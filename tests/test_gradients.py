@@ -32,8 +32,8 @@ def tiny():
 
 def finished(model, params, noise, text, points):
     """Noise [1, h, w, C] -> image, by DDIM under guidance."""
-    cache = denoiser.prepare(model.unet, params, Inputs(text))
-    denoise = guidance.guide(denoiser.bind(model.unet, params, cache), jnp.asarray([SCALE]))
+    cache = denoiser.prepare(model.network, params, Inputs(text))
+    denoise = guidance.guide(denoiser.bind(model.network, params, cache), jnp.asarray([SCALE]))
     state = samplers.unroll(samplers.ddim, denoise, samplers.State(noise, ()), points, None)
     return model.vae.decode(params["vae"], state.x)
 

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from jaxgen.data.emoji_scenes import artwork, backgrounds
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 from jaxgen.evaluation import judge
-from jaxgen.save import check_new, released
+from jaxgen.parts import released
+from jaxgen.save import check_new
 from jaxgen.types import Array, Params
 from jaxgen.weights import files
 

@@ -17,7 +17,8 @@ import tyro
 
 from jaxgen import load, save
 from jaxgen.evaluation.clip import open_clip
-from jaxgen.load import EMBEDDED, open_model
+from jaxgen.load import open_model
+from jaxgen.refs import EMBEDDED
 from jaxgen.types import UserError
 from jaxgen.weights import files
 

@@ -8,7 +8,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from jaxgen import config, terminal
-from jaxgen.load import EMBEDDED_CLIP
+from jaxgen.refs import EMBEDDED_CLIP
 from jaxgen.types import UserError
 
 

@@ -19,9 +19,10 @@ from PIL import Image
 
 from jaxgen import trees
 from jaxgen.data.emoji_scenes import artwork, backgrounds
-from jaxgen.load import ASSETS, read_params
+from jaxgen.load import read_params
 from jaxgen.models.layers import Conv, Dense, Downsample, ResBlock, resize_nearest
 from jaxgen.models.norms import GroupNorm
+from jaxgen.refs import ASSETS
 from jaxgen.types import Array, Params, UserError, full_precision
 from jaxgen.weights import files, rename
 

@@ -30,6 +30,7 @@ from jaxgen.types import (
     Inputs,
     Params,
     Point,
+    Residuals,
     at_least_float32,
     full_precision,
 )
@@ -143,13 +144,19 @@ class UNetModule(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, time: Array, added: tuple[Array, ...] = (), guidance: tuple[Array, ...] = ()
+        self,
+        x: Array,
+        time: Array,
+        added: tuple[Array, ...] = (),
+        guidance: tuple[Array, ...] = (),
+        residuals: Sequence[Residuals] = (),
     ) -> Array:
         """[B, H, W, in_channels] noisy, time [] or [B] -> [B, H, W, out_channels].
 
         Args:
             added: SDXL's pooled text and sizes, [B, projection_class_embeddings_input_dim].
             guidance: distilled UNets' embedding of the guidance scale, [B, time_cond_proj_dim].
+            residuals: of ControlNets; they add up.
         """
         cfg = self.config
         width = cfg.block_out_channels[0]
@@ -161,6 +168,10 @@ class UNetModule(nn.Module):
             temb = temb + EmbeddingMLP(4 * width, name="add_embedding")(*added)
 
         x, skips = encode(cfg, Conv(width, name="conv_in")(x), temb, self.remat)
+        for more in residuals:
+            x = x + more.middle.astype(x.dtype)
+            if more.skips:
+                skips = [s + y.astype(x.dtype) for s, y in zip(skips, more.skips, strict=True)]
         for level, layers in enumerate(reversed(cfg.per_level("layers_per_block"))):
             used, skips = skips[: -layers - 2 : -1], skips[: -layers - 1]
             size = skips[-1].shape[1:3] if skips else x.shape[1:3]
@@ -203,16 +214,9 @@ class UNet:
         """All that does not depend on time: keys and values of the text, fixed embeddings."""
         cfg = self.config
         dtype = params["conv_in"]["kernel"].dtype
-        cache: Cache = {"text": _keys_values(params, inputs.text.astype(dtype))}
+        cache: Cache = {"text": keys_values(params, inputs.text.astype(dtype))}
         cache["concat"] = inputs.concat
-        cache["added"] = cache["guidance"] = ()
-        if cfg.addition_embed_type:
-            pooled, sizes = inputs.added
-            waves = sinusoids(
-                sizes, cfg.addition_time_embed_dim or 0, cfg.freq_shift, cfg.flip_sin_to_cos
-            )
-            waves = waves.reshape(sizes.shape[0], -1)
-            cache["added"] = (jnp.concatenate([pooled.astype(dtype), waves.astype(dtype)], -1),)
+        cache["added"], cache["guidance"] = added_waves(cfg, inputs, dtype), ()
         if cfg.time_cond_proj_dim:
             # Luo et al. 2023: the scale less one, in thousandths of a unit, as if it were a time.
             scale = (inputs.guidance[0] - 1) * 1000
@@ -222,7 +226,14 @@ class UNet:
         return cache
 
     @full_precision
-    def apply(self, params: Params, x: Array, point: Point, cache: Cache) -> Array:
+    def apply(
+        self,
+        params: Params,
+        x: Array,
+        point: Point,
+        cache: Cache,
+        residuals: Sequence[Residuals] = (),
+    ) -> Array:
         """The raw prediction for noisy latents [B, H, W, C], in float32 at least.
 
         `x` is already scaled to unit variance; `point.time` is [] or [B].
@@ -231,17 +242,28 @@ class UNet:
         x = jnp.concatenate([x, *cache["concat"]], -1).astype(dtype)
         variables = {"params": params, "cache": cache["text"]}
         out = UNetModule(self.config, self.remat).apply(
-            variables, x, point.time, cache["added"], cache["guidance"]
+            variables, x, point.time, cache["added"], cache["guidance"], residuals
         )
         return at_least_float32(out)
 
 
-def _keys_values(params: Params, text: Array) -> Cache:
+def added_waves(cfg: UNetConfig, inputs: Inputs, dtype: jnp.dtype) -> tuple[Array, ...]:
+    """What SDXL is told beside the text, pooled text and sizes as waves; nothing for the others."""
+    if not cfg.addition_embed_type:
+        return ()
+    pooled, sizes = inputs.added
+    width = cfg.addition_time_embed_dim or 0
+    waves = sinusoids(sizes, width, cfg.freq_shift, cfg.flip_sin_to_cos)
+    waves = waves.reshape(sizes.shape[0], -1)
+    return (jnp.concatenate([pooled.astype(dtype), waves.astype(dtype)], -1),)
+
+
+def keys_values(params: Params, text: Array) -> Cache:
     """Keys and values of every cross-attention (`attn2`), under the paths of their modules."""
     cache: Cache = {}
     for name, node in params.items():
         if name == "attn2":
             cache[name] = {"k": linear(node["to_k"], text), "v": linear(node["to_v"], text)}
-        elif isinstance(node, dict) and (inner := _keys_values(node, text)):
+        elif isinstance(node, dict) and (inner := keys_values(node, text)):
             cache[name] = inner
     return cache

@@ -6,6 +6,7 @@ One loss serves them: they differ in what the UNet reads beside the noisy latent
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from jaxgen.tasks import base
 from jaxgen.tasks.base import Batch, Example, Metrics, Task
 from jaxgen.types import Array, Inputs, Params, UserError
 
-Concat = Callable[[Params, Batch], tuple[Array, ...]]
+Further = Callable[[Params, Batch], dict[str, Any]]  # fields of `Inputs` beside the text
 
 DROPOUT = 0.1  # of captions, as in Stable Diffusion's own training
 
@@ -54,8 +55,8 @@ class TextToImage:
         if model.unet.config.in_channels != model.vae.config.latent_channels:
             raise UserError(f"{model.name} reads pictures; text_to_image needs a UNet without")
         model = _scheduled(self, model)
-        tokens = partial(_captioned, model=model)
-        return _task(self, model, lambda params, batch: (), tokens)._replace(
+        tokens = partial(captioned, model=model)
+        return task_of(self, model, lambda params, batch: {}, tokens)._replace(
             cached=True, dropout=DROPOUT
         )
 
@@ -81,7 +82,7 @@ class Inpainting(TextToImage):
         model = _widened(_scheduled(self, model), 2 * latent + 1)
         example = partial(_masked, model=model, strokes=self.strokes)
         columns = ("mask",) if self.masks == "data" else ()
-        task = _task(self, model, partial(_mask_and_picture, model), example)
+        task = task_of(self, model, partial(_mask_and_picture, model), example)
         return task._replace(columns=columns, dropout=DROPOUT)
 
 
@@ -102,7 +103,7 @@ class Editing(TextToImage):
             raise UserError(f"dropout = {self.dropout} is not within 0 to 1/3")
         model = _widened(_scheduled(self, model), 2 * model.vae.config.latent_channels)
         example = partial(_edited, model=model, dropout=self.dropout)
-        task = _task(self, model, partial(_original, model), example)
+        task = task_of(self, model, partial(_original, model), example)
         return task._replace(columns=("original",))
 
 
@@ -132,12 +133,18 @@ def _widened(model: Model, channels: int) -> Model:
     return replace(model, unet=unet, pipeline=pipeline_of(unet))
 
 
-def _task(
+def task_of(
     recipe: TextToImage,
     model: Model,
-    concat: Concat,
+    further: Further,
     example: Callable[[Example, np.random.Generator], Example],
 ) -> Task:
+    """A task of denoising.
+
+    Args:
+        further: what the UNet and its branches read beside the text.
+        example: what the task reads of an example of the data.
+    """
     schedule = read_schedule(model, None)
     objective = Objective(
         schedule, recipe.snr_gamma, recipe.offset_noise, recipe.input_perturbation
@@ -150,12 +157,12 @@ def _task(
         conv_in = {**given["unet"]["conv_in"], "kernel": kernel}
         return {**given, "unet": {**given["unet"], "conv_in": conv_in}}
 
-    loss = partial(denoising_loss, model, objective, concat)
+    loss = partial(denoising_loss, model, objective, further)
     return Task(model, init, base.by_patterns(recipe.learn), loss, example)
 
 
 def denoising_loss(
-    model: Model, objective: Objective, concat: Concat, params: Params, batch: Batch, key: Array
+    model: Model, objective: Objective, further: Further, params: Params, batch: Batch, key: Array
 ) -> tuple[Array, Metrics]:
     """Noises a batch's latents, asks the UNet, weighs the error."""
     keys = jax.vmap(lambda k: jax.random.split(k, 2))(base.example_keys(key, batch))
@@ -163,13 +170,13 @@ def denoising_loss(
     chance = losses.draw(keys[:, 1], latents.shape[1:], objective.schedule.num_train_timesteps)
     question = losses.ask(objective, latents, chance)
 
-    inputs = Inputs(base.text_of(model, params, batch), concat(params, batch))
-    denoise = denoiser.bind(model.unet, params, denoiser.prepare(model.unet, params, inputs))
+    inputs = Inputs(base.text_of(model, params, batch), **further(params, batch))
+    denoise = denoiser.bind(model.network, params, denoiser.prepare(model.network, params, inputs))
     prediction = denoise(question.x, losses.point(question.time))
     return losses.loss(prediction, question), {}
 
 
-def _captioned(example: Example, rng: np.random.Generator, *, model: Model) -> Example:
+def captioned(example: Example, rng: np.random.Generator, *, model: Model) -> Example:
     """What text to image reads of an example: its picture, or what is cached of it, and tokens."""
     kept: Example = {k: example[k] for k in ("image", "mean", "std", "embeddings") if k in example}
     cached = "embeddings" in kept
@@ -182,15 +189,16 @@ def _masked(example: Example, rng: np.random.Generator, *, model: Model, strokes
         mask = transforms.random_mask(example["image"].shape[1::-1], rng, strokes)
     elif mask.ndim == 3:
         mask = mask.mean(-1) >= 128
-    return _captioned(example, rng, model=model) | {"mask": np.asarray(mask, bool)}
+    return captioned(example, rng, model=model) | {"mask": np.asarray(mask, bool)}
 
 
-def _mask_and_picture(model: Model, params: Params, batch: Batch) -> tuple[Array, ...]:
+def _mask_and_picture(model: Model, params: Params, batch: Batch) -> dict[str, Any]:
     """Mask and latents of what it leaves, [B, h, w, 1 + C]; the hidden is grey."""
     mask = batch["mask"][..., None]
     latents = model.vae.encode(params["vae"], unit(batch["image"]) * ~mask)
     f = model.factor
-    return (jnp.concatenate([mask[:, ::f, ::f].astype(latents.dtype), latents], -1),)
+    channels = jnp.concatenate([mask[:, ::f, ::f].astype(latents.dtype), latents], -1)
+    return {"concat": (channels,)}
 
 
 def _edited(example: Example, rng: np.random.Generator, *, model: Model, dropout: float) -> Example:
@@ -204,10 +212,10 @@ def _edited(example: Example, rng: np.random.Generator, *, model: Model, dropout
         example = {**example, "caption": ""}
     seen = not dropout <= chance < 3 * dropout
     original = {"original": example["original"], "seen": np.float32(seen)}
-    return _captioned(example, rng, model=model) | original
+    return captioned(example, rng, model=model) | original
 
 
-def _original(model: Model, params: Params, batch: Batch) -> tuple[Array, ...]:
+def _original(model: Model, params: Params, batch: Batch) -> dict[str, Any]:
     """Unscaled latents of the picture before the edit, [B, h, w, C]; zero where it is not seen."""
     mean, _ = model.vae.posterior(params["vae"], unit(batch["original"]))
-    return (batch["seen"][:, None, None, None] * mean,)
+    return {"concat": (batch["seen"][:, None, None, None] * mean,)}

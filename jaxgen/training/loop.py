@@ -12,7 +12,9 @@ import numpy as np
 
 from jaxgen import flops, generate, sharding, trees
 from jaxgen.data.pipeline import Loader
-from jaxgen.load import PARTS, read_params
+from jaxgen.denoiser import control_names
+from jaxgen.load import read_params
+from jaxgen.parts import PARTS
 from jaxgen.training import metrics, optim, result, samples, setup, signals, together
 from jaxgen.training.checkpoint import Checkpoints, memory_is_full
 from jaxgen.training.recipe import Train, fields
@@ -261,7 +263,8 @@ class Run:
             try:
                 params = setup.as_read(self.recipe, self.task, self.tensors, learned, params)
                 model = self.task.finished(self.task.model, params, self.rows, learned)
-                parts = {name: params[name] for name in (*PARTS, "clip") if name in params}
+                names = (*PARTS, *control_names(len(model.controls)), "clip")
+                parts = {name: params[name] for name in names if name in params}
                 result.write(model, parts, self.model_folder, self.recipe.steps)
             except UserError as error:
                 raise UserError(f"{error}; {self.checkpoints.kept()}") from None

@@ -14,6 +14,7 @@ from jaxgen import sharding
 from jaxgen.data.pipeline import Images
 from jaxgen.tasks.autoencoder import Autoencoder
 from jaxgen.tasks.contrastive import Contrastive
+from jaxgen.tasks.controlnet import ControlNet
 from jaxgen.tasks.denoising import Editing, Inpainting, TextToImage
 from jaxgen.training import patterns
 from jaxgen.training.ema import EMA
@@ -71,6 +72,8 @@ class Samples:
     """Scale of classifier-free guidance."""
     seed: int = 0
     """Of the first picture; it is the same for every grid."""
+    hints: tuple[Path, ...] = ()
+    """Picture files that a ControlNet follows, one for each prompt, or one for all."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -81,7 +84,7 @@ class Samples:
 class Train:
     """Train a model; a run that was stopped goes on where its last checkpoint was made."""
 
-    task: TextToImage | Inpainting | Editing | Autoencoder | Contrastive
+    task: TextToImage | Inpainting | Editing | ControlNet | Autoencoder | Contrastive
     """What is learned, and from what model."""
     data: Images
     """Pictures and captions."""

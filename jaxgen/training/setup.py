@@ -13,9 +13,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgen import request, sharding, trees, zoo
+from jaxgen.data.images import read_image
 from jaxgen.data.pipeline import Images
 from jaxgen.denoiser import Model
-from jaxgen.load import DTYPES, PARTS, open_model
+from jaxgen.load import DTYPES, open_model
+from jaxgen.parts import PARTS
 from jaxgen.request import Request
 from jaxgen.tasks.base import Task, check_caches
 from jaxgen.tasks.contrastive import Contrastive
@@ -74,7 +76,8 @@ def open_task(recipe: Train) -> tuple[Task, dict[str, Tensors]]:
     """
     wanted = recipe.task
     prediction = getattr(wanted, "prediction", None)
-    model, tensors = open_model(wanted.model, prediction=prediction, seed=recipe.seed)
+    control = [ref for ref in (getattr(wanted, "control", ""),) if ref]
+    model, tensors = open_model(wanted.model, "", prediction, recipe.seed, control)
     for part in wanted.fresh:
         if part not in PARTS:
             raise UserError(f"task.fresh: {part!r} is not one of {', '.join(PARTS)}")
@@ -137,10 +140,30 @@ def check_samples(recipe: Train, model: Model) -> None:
             "samples.prompts: this model draws from a picture, too; leave them out, and sample "
             "the model folder in the end (jaxgen sample --image)"
         )
+    prompts, hints = recipe.samples.prompts, recipe.samples.hints
+    if model.controls and len(hints) not in (1, len(prompts)):
+        raise UserError(
+            f"samples.hints: {len(hints)} for {len(prompts)} prompts of a ControlNet; "
+            "name one picture file for each, or one for all"
+        )
     try:
-        request.plan(model, Request(prompts=recipe.samples.prompts, **sampling(recipe)))
+        for asked in asks(recipe, model):
+            request.plan(model, asked)
     except UserError as error:
         raise UserError(f"samples: {error}") from None
+
+
+def asks(recipe: Train, model: Model) -> list[Request]:
+    """What samples are asked for: all prompts at once, or one by one where each has a hint."""
+    wanted = recipe.samples
+    if not model.controls:
+        return [Request(prompts=wanted.prompts, **sampling(recipe))]
+    hints = [read_image(path) for path in wanted.hints]
+    hints *= len(wanted.prompts) if len(hints) == 1 else 1
+    return [
+        Request(prompts=[prompt], control=[hint], **sampling(recipe))
+        for prompt, hint in zip(wanted.prompts, hints)
+    ]
 
 
 def sampling(recipe: Train) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from jaxgen.config import read_json
 from jaxgen.types import UserError
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+MODEL, PART = "a model", "one part"  # what a repository may hold
 
 
 def is_id(ref: str) -> bool:
@@ -14,11 +15,15 @@ def is_id(ref: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", ref))
 
 
-def wanted(names: list[str], variant: str = "") -> list[str]:
-    """Of a repository's files those of a model folder: no single files, one precision."""
-    kept = [
-        n for n in names if n == "model_index.json" or n.startswith(tuple(f"{p}/" for p in PARTS))
-    ]
+def wanted(names: list[str], variant: str = "", kind: str = MODEL) -> list[str]:
+    """Of a repository's files those of a model folder, or of one part: no single files, one
+    precision."""
+    if kind == PART:
+        weights = "diffusion_pytorch_model"
+        kept = [n for n in names if n == "config.json" or n.startswith(weights)]
+    else:
+        folders = tuple(f"{p}/" for p in PARTS)
+        kept = [n for n in names if n == "model_index.json" or n.startswith(folders)]
     kept = [n for n in kept if n.endswith((".json", ".txt", ".safetensors"))]
     plain = [re.sub(r"\.(fp16|bf16|non_ema|ema_only)(?=[.-])", "", n) for n in kept]
     chosen = {p for n, p in zip(kept, plain) if variant and n != p and f".{variant}" in n}
@@ -29,8 +34,10 @@ def wanted(names: list[str], variant: str = "") -> list[str]:
     ]
 
 
-def is_whole(folder: Path, variant: str = "") -> bool:
-    """Whether a cached folder is a model, not what an interrupted download or a tokenizer left."""
+def is_whole(folder: Path, variant: str = "", kind: str = MODEL) -> bool:
+    """Whether a cached folder is all of it, not what a broken download or a tokenizer left."""
+    if kind == PART:
+        return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
     needed = ["model_index.json", "scheduler/scheduler_config.json"]
     needed += [f"{part}/config.json" for part in PARTS[:3]]
     for index in folder.glob("*/*.safetensors.index*.json"):
@@ -42,7 +49,7 @@ def is_whole(folder: Path, variant: str = "") -> bool:
     return all(weights) and any(words) and all((folder / name).is_file() for name in needed)
 
 
-def fetch(ref: str, variant: str = "") -> Path:
+def fetch(ref: str, variant: str = "", kind: str = MODEL) -> Path:
     """The local folder of a hub id, from the cache or downloaded.
 
     Raises:
@@ -53,13 +60,13 @@ def fetch(ref: str, variant: str = "") -> Path:
 
     try:
         folder = Path(hub.snapshot_download(ref, local_files_only=True))
-        if is_whole(folder, variant):
+        if is_whole(folder, variant, kind):
             return folder
     except (LocalEntryNotFoundError, OSError, ValueError):
         pass
     try:
         siblings = hub.HfApi().model_info(ref, timeout=10).siblings or []
-        names = wanted([file.rfilename for file in siblings], variant)
+        names = wanted([file.rfilename for file in siblings], variant, kind)
         return Path(hub.snapshot_download(ref, allow_patterns=names))
     except Exception as error:  # the client's own errors are many, and each means the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

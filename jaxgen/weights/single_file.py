@@ -158,7 +158,7 @@ def _is_second(tensors: Tensors) -> bool:
 
 def _parts(tensors: Tensors, where: str) -> dict[str, Tensors]:
     text = _open_clip if _is_second(tensors) else _clip
-    translate = {"unet": _unet, "vae": _vae, "text_encoder": text}
+    translate = {"unet": unet_names, "vae": _vae, "text_encoder": text}
     kept = {key: tensor for key, tensor in tensors.items() if not _NOISE.fullmatch(key)}
     for pattern, what in _FOREIGN.items():
         if any(re.match(pattern, key) for key in kept):
@@ -192,7 +192,8 @@ def _indices(part: Tensors, start: str) -> set[int]:
     return {int(match[1]) for key in part if (match := pattern.match(key))}
 
 
-def _unet(part: Tensors) -> Iterator[tuple[str, Tensor]]:
+def unet_names(part: Tensors) -> Iterator[tuple[str, Tensor]]:
+    """A UNet's tensors, or those of its first half, under diffusers' names."""
     # A level is a stretch of the row: its layers, then its downsampler, which the last level lacks.
     samplers = _indices(part, "input_blocks.#.0.op.") - {0}
     blocks = _indices(part, "input_blocks.#.")
@@ -261,16 +262,30 @@ def _widths(part: Tensors, side: str) -> list[int]:
 
 
 def _unet_config(part: Tensors, second: bool) -> Config:
+    found = encoder_config(part, second)
+    kinds = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
+    return found | {
+        "_class_name": "UNet2DConditionModel",
+        "out_channels": _shape(part, "conv_out.weight", 4)[0],
+        "up_block_types": [kinds[kind] for kind in reversed(found["down_block_types"])],
+    }
+
+
+def encoder_config(part: Tensors, second: bool | None = None) -> Config:
+    """What the first half of a UNet says of itself, under diffusers' names.
+
+    Args:
+        second: whether it is of Stable Diffusion 2.x; by default, as its projections say.
+    """
     attending = _indices(part, "down_blocks.#.attentions.")
     first = f"down_blocks.{min(attending, default=0)}.attentions.0"
     widths = _widths(part, "down_blocks")
     attends = [i in attending for i in range(len(widths))]
+    linear = len(_shape(part, f"{first}.proj_in.weight", 2)) == 2
+    second = linear if second is None else second
     return {
-        "_class_name": "UNet2DConditionModel",
         "in_channels": _shape(part, "conv_in.weight", 4)[1],
-        "out_channels": _shape(part, "conv_out.weight", 4)[0],
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "block_out_channels": widths,
         "layers_per_block": len(_indices(part, "down_blocks.0.resnets.#.")),
         "cross_attention_dim": _shape(part, f"{first}.transformer_blocks.0.attn2.to_k.weight", 2)[
@@ -278,7 +293,7 @@ def _unet_config(part: Tensors, second: bool) -> Config:
         ],
         # diffusers' name for the number of heads
         "attention_head_dim": [max(1, width // 64) for width in widths] if second else 8,
-        "use_linear_projection": len(_shape(part, f"{first}.proj_in.weight", 2)) == 2,
+        "use_linear_projection": linear,
     }
 
 

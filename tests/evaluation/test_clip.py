@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from jaxgen.evaluation import clip
-from jaxgen.load import ASSETS
+from jaxgen.refs import ASSETS
 from jaxgen.types import UserError
 from tests.torch_oracle import error, randomise
 

@@ -12,7 +12,8 @@ from jax._src.ad_checkpoint import saved_residuals
 from safetensors.numpy import load_file
 
 from jaxgen import trees
-from jaxgen.load import PARTS, open_model, read_params
+from jaxgen.load import open_model, read_params
+from jaxgen.parts import PARTS
 from jaxgen.tasks.autoencoder import Autoencoder
 from jaxgen.tasks.contrastive import Contrastive
 from jaxgen.tasks.denoising import Editing, Inpainting, TextToImage

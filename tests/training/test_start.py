@@ -237,13 +237,20 @@ def test_tpu_vm_hands_on_what_it_is_given(tmp_path):
     assert (tmp_path / "sudo.said").read_text().split("\n")[-len(given) :][:3] == given[2:]
 
 
-def test_a_terminal_that_ends_lets_the_run_save(monkeypatch):
-    before = signal.getsignal(signal.SIGHUP)
+@pytest.fixture
+def hangup():
+    """SIGHUP as a terminal has it, whatever these tests run under."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield signal.SIG_DFL
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_ends_lets_the_run_save(hangup):
     with signals.caught() as stopped:
         assert not stopped.is_set()
         signal.raise_signal(signal.SIGHUP)
         assert stopped.is_set()
-    assert signal.getsignal(signal.SIGHUP) == before
+    assert signal.getsignal(signal.SIGHUP) == hangup
 
 
 def test_nohup_stays_in_force():

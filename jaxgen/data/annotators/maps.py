@@ -1,0 +1,83 @@
+"""Hints of maps that are known: labels as colours, depth, normals."""
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from jaxgen.types import UserError
+
+# The colours of ADE20K's 150 classes (Zhou et al. 2017), by which released ControlNets know them.
+ADE20K = np.array(
+    [
+        tuple(bytes.fromhex(colour))
+        for colour in """
+        787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07
+        96053d 787846 08ff33 ff0652 8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff
+        ff0747 ff09e0 0907e6 dcdcdc ff095c 7009ff 08ffd6 07ffe0 ffb806 0aff47 ff290a 07ffff
+        e0ff08 6608ff ff3d06 ffc207 ff7a08 00ff14 ff0829 ff0599 0633ff eb0cff a09614 00a3ff
+        8c8c8c fa0a0f 14ff00 1fff00 ff1f00 ffe000 99ff00 0000ff ff4700 00ebff 00adff 1f00ff
+        0bc8c8 ff5200 00fff5 003dff 00ff70 00ff85 ff0000 ffa300 ff6600 c2ff00 008fff 33ff00
+        0052ff 00ff29 00ffad 0a00ff adff00 00ff99 ff5c00 ff00ff ff00f5 ff0066 ffad00 ff0014
+        ffb8b8 001fff 00ff3d 0047ff ff00cc 00ffc2 00ff52 000aff 0070ff 3300ff 00c2ff 007aff
+        00ffa3 ff9900 00ff0a ff7000 8fff00 5200ff a3ff00 ffeb00 08b8aa 8500ff 00ff5c b800ff
+        ff001f 00b8ff 00d6ff ff0070 5cff00 00e0ff 70e0ff 46b8a0 a300ff 9900ff 47ff00 ff00a3
+        ffcc00 ff008f 00ffeb 85ff00 ff00eb f500ff ff007a fff500 0abed4 d6ff00 00ccff 1400ff
+        ffff00 0099ff 0029ff 00ffcc 2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff
+        b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff
+        """.split()
+    ],
+    np.uint8,
+)
+
+
+def distinct(count: int) -> np.ndarray:
+    """Colours, uint8 [count, 3], for labels without a palette of their own; the first is black.
+
+    Hues by the golden ratio, so that neighbours are far apart, at three brightnesses.
+    """
+    k = np.arange(count)
+    hue = (k * 0.618034) % 1
+    value = np.array([1.0, 0.75, 0.5])[k % 3]
+    saturation = np.array([1.0, 0.6])[k // 3 % 2]
+    wave = np.clip(np.abs((hue[:, None] * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
+    colours = value[:, None] * (1 - saturation[:, None] * (1 - wave))
+    colours[:1] = 0
+    return np.round(255 * colours).astype(np.uint8)
+
+
+def segmentation(labels: np.ndarray, palette: np.ndarray = ADE20K) -> np.ndarray:
+    """Labels, whole numbers [H, W] -> their colours, uint8 [H, W, 3]; those beyond it are black.
+
+    Raises:
+        UserError: for what holds no whole numbers.
+    """
+    if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"labels are {labels.dtype} {list(labels.shape)}, not whole numbers [H, W]")
+    known = (labels >= 0) & (labels < len(palette))
+    return np.where(known[..., None], palette[np.where(known, labels, 0)], np.uint8(0))
+
+
+def depth(near: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Inverse depth, float [H, W], of any scale -> uint8 [*size, 3]: the nearest is white."""
+    low, high = float(near.min()), float(near.max())
+    share = (near - low) / (high - low) if high > low else np.zeros_like(near)
+    if size is not None and size != near.shape:
+        picture = Image.fromarray(share.astype(np.float32))
+        share = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC)).clip(0, 1)
+    return np.repeat(np.round(255 * share).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def normals(near: np.ndarray, cut: float = 0.1) -> np.ndarray:
+    """Normals of a surface from inverse depth, float [H, W] -> uint8 [H, W, 3].
+
+    x, y and z as red, green and blue, 128 is zero. As the released ControlNet's: slopes by Sobel
+    over depth scaled to 0..1, z = 2 pi; what is farther than `cut` faces the viewer.
+    """
+    low, high = float(near.min()), float(near.max())
+    share = (near - low) / (high - low) if high > low else np.zeros_like(near)
+    share = share.astype(np.float32)
+    x, y = (ndimage.sobel(share, axis, mode="mirror") for axis in (1, 0))
+    far = share < cut
+    vectors = np.stack([np.where(far, 0, x), np.where(far, 0, y), np.full_like(x, 2 * np.pi)], -1)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.clip(vectors * 127.5 + 127.5, 0, 255).astype(np.uint8)

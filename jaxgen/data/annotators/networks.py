@@ -1,0 +1,65 @@
+"""Hints that need networks which are not of this house: depth, HED, pose.
+
+They run in PyTorch, where it is installed, and fetch their weights from the hub as their packages
+do: only who names such an annotator asks for that.
+"""
+
+import importlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jaxgen.data.annotators import maps
+from jaxgen.types import UserError
+
+DEPTH = "Intel/dpt-hybrid-midas"
+ANNOTATORS = "lllyasviel/Annotators"
+
+
+def depth(picture: np.ndarray, model: str = DEPTH) -> np.ndarray:
+    """Depth by MiDaS (Ranftl et al. 2021), near is bright; by transformers."""
+    transformers = _package("transformers", "depth")
+    _package("torch", "depth")
+    try:
+        estimate = transformers.pipeline("depth-estimation", model=model)
+        found = estimate(Image.fromarray(picture))["predicted_depth"]
+    except Exception as error:
+        raise _failed("depth", error) from None
+    return maps.depth(np.squeeze(np.asarray(found, np.float32)), picture.shape[:2])
+
+
+def hed(picture: np.ndarray) -> np.ndarray:
+    """Soft edges by HED (Xie & Tu 2015); by controlnet_aux."""
+    return _by_package("HEDdetector", "hed", picture)
+
+
+def pose(picture: np.ndarray) -> np.ndarray:
+    """Skeletons by OpenPose (Cao et al. 2019); by controlnet_aux. `pose.py` draws known ones."""
+    return _by_package("OpenposeDetector", "pose", picture)
+
+
+def _by_package(detector: str, name: str, picture: np.ndarray) -> np.ndarray:
+    package = _package("controlnet_aux", name)
+    height, width = picture.shape[:2]
+    try:
+        found = getattr(package, detector).from_pretrained(ANNOTATORS)(Image.fromarray(picture))
+    except Exception as error:
+        raise _failed(name, error) from None
+    return np.asarray(found.convert("RGB").resize((width, height)))
+
+
+def _package(package: str, name: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(
+            f"the annotator {name} needs {package}: pip install {package.replace('_', '-')}, "
+            "or give a finished hint"
+        ) from None
+
+
+def _failed(name: str, error: Exception) -> UserError:
+    """Of what other packages raise, the first line."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"the annotator {name} failed ({reason[:160]}); give a finished hint instead")

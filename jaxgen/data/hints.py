@@ -1,0 +1,80 @@
+"""Hints: the pictures that ControlNets follow."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from jaxgen.data.images import resize
+from jaxgen.types import UserError
+
+LABELS = 256  # colours at most of a picture that is taken for a map of labels
+
+
+@dataclass(frozen=True, eq=False)
+class Hint:
+    """What one ControlNet follows.
+
+    Attributes:
+        picture: uint8 [H, W, 3], of what the network learned to read: edges, a map of labels ...
+        scale: of what it adds; 0 is without it.
+        span: the part of the run, as fractions, in which it acts; a step that is only partly within
+            is not.
+        name: for records.
+    """
+
+    picture: np.ndarray
+    scale: float = 1.0
+    span: tuple[float, float] = (0.0, 1.0)
+    name: str = ""
+
+    def check(self) -> None:
+        """UserError for what is no hint."""
+        picture = self.picture
+        if not isinstance(picture, np.ndarray):
+            kind = type(picture).__name__
+            raise UserError(f"a hint is a {kind}, not a numpy array uint8 [H, W, 3]")
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            found = f"{picture.dtype} {list(picture.shape)}"
+            raise UserError(f"a hint is {found}, and must be uint8 [H, W, 3]")
+        if not isinstance(self.scale, int | float | np.number) or not math.isfinite(self.scale):
+            raise UserError(f"the scale of a control is {self.scale!r}, not a finite number")
+        if abs(self.scale) > 1e4:
+            raise UserError(f"the scale of a control, {self.scale}, is too large to mean anything")
+        try:
+            low, high = map(float, self.span)
+        except (TypeError, ValueError):
+            raise UserError(f"control_range {self.span!r} is not two numbers") from None
+        if not 0 <= low < high <= 1:
+            raise UserError(f"control_range {low:g},{high:g} is not 0 <= from < to <= 1")
+
+
+def fit(hint: np.ndarray, width: int, height: int, channels: int = 3) -> np.ndarray:
+    """A hint, uint8 [H, W, 3], at a size and with the channels that a ControlNet reads.
+
+    Maps of labels (coloured, and of few colours) are resized to the nearest pixel, so that no
+    colour appears that stands for nothing; other hints by Lanczos, as diffusers resizes all.
+
+    Raises:
+        UserError: for channels that no picture has.
+    """
+    if hint.shape[:2] != (height, width):
+        near = Image.Resampling.NEAREST
+        if is_labels(hint):
+            hint = np.array(Image.fromarray(hint).resize((width, height), near))
+        else:
+            hint = resize(hint, width, height)
+    if channels == 3:
+        return hint
+    if channels == 1:
+        return np.asarray(Image.fromarray(hint).convert("L"))[..., None]
+    raise UserError(f"the ControlNet reads hints of {channels} channels; pictures have 3 or 1")
+
+
+def is_labels(hint: np.ndarray) -> bool:
+    """Whether a picture, uint8 [H, W, 3], is a map of labels: coloured, and of few colours."""
+    packed = hint.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    colours = np.unique(packed)
+    grey = all(c >> 16 == (c >> 8) & 255 == c & 255 for c in colours.tolist())
+    return not grey and len(colours) <= LABELS

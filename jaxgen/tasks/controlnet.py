@@ -1,0 +1,105 @@
+"""Learning to follow hints: a ControlNet beside a UNet that stays as it is (Zhang et al. 2023)."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.data.annotators import ANNOTATORS, lines, maps
+from jaxgen.denoiser import Model
+from jaxgen.models.controlnet import ControlNet as Network
+from jaxgen.models.controlnet import ControlNetConfig
+from jaxgen.tasks import denoising
+from jaxgen.tasks.base import Batch, Example, Task
+from jaxgen.tasks.denoising import TextToImage
+from jaxgen.types import Array, Control, Params, UserError
+
+DROPOUT = 0.5  # of captions, so that what the hint shows is learned from the hint
+DECODER = ("unet/up_blocks", "unet/conv_norm_out/", "unet/conv_out/")  # what `unlocked` frees
+PALETTES = {"ade20k": maps.ADE20K, "distinct": maps.distinct(256)}
+
+
+@dataclass(frozen=True)
+class ControlNet(TextToImage):
+    """Learn to follow hints, from a base model whose UNet stays as it is (Zhang et al. 2023).
+
+    The network begins as a copy of the UNet's first half, and what it adds begins at zero.
+    """
+
+    learn: tuple[str, ...] = ("controlnet/",)
+    """Patterns (regular expressions from the start) of the parameter paths that learn."""
+    control: str = ""
+    """A ControlNet to go on from: a folder, a hub id, a single file; by default, a fresh one."""
+    hint: str = "hint"
+    """What it follows: an annotator (canny, hough, soft, scribble, ...) that reads each picture, or
+    a column of the data: pictures, or the labels of `segmentation`."""
+    palette: str = "ade20k"
+    """Colours of labels: ade20k (150), or distinct (255, for data without colours of their own)."""
+    unlocked: bool = False
+    """Whether the UNet's decoder learns, too, as short last stretches far from the base's data do;
+    with a rate of some 2e-6."""
+    links: str = "all"
+    """all, or middle: a first stretch on small devices, in which only the UNet's middle is added
+    to; then go on from it (`control`) with all."""
+
+    def build(self, model: Model) -> Task:
+        """The task on a model for text to image. UserError if it is of another kind."""
+        if self.links not in ("all", "middle"):
+            raise UserError(f"links = {self.links!r} is neither all nor middle")
+        if self.palette not in PALETTES:
+            raise UserError(f"palette = {self.palette!r} is not one of {', '.join(PALETTES)}")
+        if len(model.controls) > 1:
+            raise UserError(f"{model.name} has {len(model.controls)} ControlNets; one can learn")
+        if not model.controls:
+            config = ControlNetConfig.of(model.unet.config, model.factor)
+            model = replace(model, controls=(Network(config),))
+        (net,) = model.controls
+        net = replace(net, remat=model.unet.remat, middle_only=self.links == "middle")
+        freed = replace(self, learn=(*self.learn, *(DECODER if self.unlocked else ())))
+        task = TextToImage.build(freed, replace(model, controls=(net,)))
+        follow = partial(_follow, net.config.residuals)
+        task = denoising.task_of(
+            freed, task.model, follow, partial(self._example, model=task.model)
+        )
+        annotates = self.hint in ANNOTATORS
+        return task._replace(
+            init=partial(_init, net, task.init),
+            finished=_finished,
+            columns=() if annotates else (self.hint,),
+            dropout=DROPOUT,
+        )
+
+    def _example(self, example: Example, rng: np.random.Generator, *, model: Model) -> Example:
+        """What the task reads of an example: picture, tokens, and the hint, uint8 [H, W, C]."""
+        if self.hint == "canny":  # as many as people may draw, or annotators find
+            low = rng.uniform(50, 150)
+            hint = lines.canny(example["image"], low, rng.uniform(low + 25, 300))
+        elif self.hint in ANNOTATORS:
+            hint = ANNOTATORS[self.hint](example["image"])
+        else:
+            hint = example[self.hint]
+            if hint.ndim == 2:
+                hint = maps.segmentation(hint.astype(np.int32), PALETTES[self.palette])
+        return denoising.captioned(example, rng, model=model) | {"hint": hint}
+
+
+def _init(net: Network, rest: Any, key: Array, given: Params) -> Params:
+    """The base's parameters, and those of a ControlNet that begins as its copy, or is given."""
+    params = rest(key, given)
+    if "controlnet" in params:
+        return params
+    return {**params, "controlnet": net.begun(net.init(key), given["unet"])}
+
+
+def _follow(residuals: int, params: Params, batch: Batch) -> dict[str, Any]:
+    """The hint of each example, as the network is given it."""
+    hint = batch["hint"].astype(jnp.float32) / 255
+    return {"controls": (Control(hint, jnp.ones((1, residuals))),)}
+
+
+def _finished(model: Model, params: Params, batch: Example, learned: Any) -> Model:
+    """What is saved adds to everything: links that have not learned add nothing."""
+    (net,) = model.controls
+    return replace(model, controls=(replace(net, middle_only=False),))

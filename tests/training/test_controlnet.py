@@ -1,0 +1,227 @@
+"""Learning to follow hints: ten steps against PyTorch and diffusers, and what learns, and when."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+import jaxgen
+from jaxgen import trees
+from jaxgen.data.annotators import maps
+from jaxgen.data.pipeline import Images
+from jaxgen.load import open_model
+from jaxgen.tasks.controlnet import ControlNet
+from jaxgen.training import loop, setup
+from jaxgen.training.recipe import EMA, AdamW, Mesh, Samples, Train
+from jaxgen.types import UserError
+from tests.test_controls import from_unet
+from tests.torch_oracle import params_of
+from tests.training.pictures import write_folder
+from tests.training.test_truth import (
+    BATCH,
+    STEPS,
+    TINY,
+    host,
+    nchw,
+    our_steps,
+    pixels,
+    quick,
+    relative,
+)  # fmt: skip
+
+
+def recipe_for(folder, task, **more):
+    settings = {
+        "data": Images(source=str(folder / "data"), size=32, crop="random", caption_dropout=0.5),
+        "optimizer": AdamW(learning_rate=1e-3, epsilon=1e-4, warmup=3),
+        "ema": EMA(decay=0.7, warmup=True),
+        "batch_size": BATCH,
+        "steps": STEPS,
+        "mesh": Mesh(data=1),
+        "out": folder / "run",
+    } | more
+    return Train(task=dataclasses.replace(task, model=str(TINY)), **settings)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Pictures of noise in blocks, each with a hint."""
+    write_folder(tmp_path / "data", count=12, columns=("hint",))
+    return tmp_path
+
+
+@pytest.mark.parametrize("unlocked", [False, True], ids=["locked", "unlocked"])
+def test_ten_steps_are_those_of_a_pytorch_loop(unlocked, data):
+    net = from_unet(UNet2DConditionModel.from_pretrained(TINY, subfolder="unet"))
+    net.save_pretrained(data / "net")
+    recipe = recipe_for(data, ControlNet(control=str(data / "net"), unlocked=unlocked))
+    ours, before, after, averaged, seen = our_steps(recipe)
+    theirs, expected = their_steps(data / "net", unlocked, seen)
+
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    assert after.keys() == expected.keys() == averaged.keys()
+    for path in after:
+        change, wanted = after[path] - before[path], expected[path] - before[path]
+        assert relative(change, wanted) < 1e-3, path
+
+
+def their_steps(folder, unlocked, seen):
+    """The same by diffusers' models and torch's optimizer."""
+    vae = AutoencoderKL.from_pretrained(TINY, subfolder="vae")
+    encoder = CLIPTextModel.from_pretrained(TINY, subfolder="text_encoder")
+    unet = UNet2DConditionModel.from_pretrained(TINY, subfolder="unet")
+    net = ControlNetModel.from_pretrained(folder)
+    scheduler = DDPMScheduler.from_pretrained(TINY, subfolder="scheduler")
+    freed = [unet.up_blocks, unet.conv_norm_out, unet.conv_out] if unlocked else []
+    learned = [*net.parameters(), *(p for module in freed for p in module.parameters())]
+    optimizer = torch.optim.AdamW(learned, lr=1e-3, eps=1e-4, weight_decay=1e-2)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, n / 3))
+    found = []
+    for batch, vae_noise, chance in seen:
+        with torch.no_grad():
+            posterior = vae.encode(pixels(batch["image"])).latent_dist
+            latents = (posterior.mean + posterior.std * nchw(vae_noise)) * vae.config.scaling_factor
+            text = encoder(torch.tensor(batch["ids"]).long())[0]
+        time, noise = torch.tensor(np.asarray(chance.time)).long(), nchw(chance.noise)
+        noisy = scheduler.add_noise(latents, noise, time)
+        hint = nchw(batch["hint"]).float() / 255
+        skips, middle = net(noisy, time, text, hint, return_dict=False)
+        prediction = unet(
+            noisy, time, text,
+            down_block_additional_residuals=skips, mid_block_additional_residual=middle,
+        ).sample  # fmt: skip
+        loss = ((prediction - noise) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        warmup.step()
+        found.append(loss.item())
+    after = {f"controlnet/{p}": v for p, v in host(params_of(net)).items()}
+    if unlocked:
+        rest = {f"unet/{p}": v for p, v in host(params_of(unet)).items()}
+        starts = ("unet/up_blocks", "unet/conv_norm_out", "unet/conv_out")
+        after |= {p: v for p, v in rest.items() if p.startswith(starts)}
+    return found, after
+
+
+def moved(recipe, count):
+    """The paths that some steps change, of all; and the run."""
+    run = loop.Run(recipe)
+    everything = lambda: host(trees.combine(run.state.learned, run.frozen))  # noqa: E731
+    before, step = everything(), quick(recipe, run)
+    with run.loader():
+        for _ in range(count):
+            run.state, _ = step(run.state, run.frozen, run._next_batch())
+    after = everything()
+    return {path for path in before if not np.array_equal(before[path], after[path])}, run
+
+
+PLAIN = AdamW(learning_rate=1e-3, weight_decay=0.0)
+ZEROS = ("controlnet/controlnet_down_blocks.", "controlnet/controlnet_mid_block/")
+
+
+def test_the_first_step_moves_zero_convolutions_alone(data):
+    recipe = recipe_for(data, ControlNet(), optimizer=PLAIN)
+    found, run = moved(recipe, 1)
+    everything = trees.flatten(run.state.learned)
+    assert found == {path for path in everything if path.startswith(ZEROS)}
+    assert all(path.startswith("controlnet/") for path in everything)
+    assert not trees.flatten(run.frozen).keys() & everything.keys()
+
+
+def test_a_hundred_steps_leave_the_base_and_an_unlocked_run_moves_its_decoder(data):
+    found, _ = moved(recipe_for(data, ControlNet(), optimizer=PLAIN), 100)
+    assert all(path.startswith("controlnet/") for path in found)
+    assert "controlnet/controlnet_cond_embedding/conv_in/kernel" in found
+    assert "controlnet/mid_block/resnets.0/conv1/kernel" in found
+
+    found, _ = moved(recipe_for(data, ControlNet(unlocked=True), optimizer=PLAIN), 3)
+    base = {path.split("/")[1] for path in found if path.startswith("unet/")}
+    assert base == {"up_blocks.0", "up_blocks.1", "conv_norm_out", "conv_out"}
+
+
+def test_a_first_stretch_adds_to_the_middle_alone_and_the_next_goes_on_from_it(data):
+    recipe = recipe_for(data, ControlNet(links="middle"), optimizer=PLAIN, ema=None, steps=3)
+    folder = loop.train(recipe, progress=False)
+    model, params = jaxgen.load(folder)
+    (net,) = model.controls
+    assert not net.middle_only
+    for path, leaf in trees.flatten(params["controlnet"]).items():
+        if path.startswith("controlnet_down_blocks."):
+            assert not np.any(leaf), path
+        if path.startswith("controlnet_mid_block"):
+            assert np.any(leaf), path
+    recipe = recipe_for(data, ControlNet(control=str(folder)), optimizer=PLAIN, out=data / "on")
+    found, _ = moved(recipe, 1)
+    assert any(path.startswith("controlnet/controlnet_down_blocks.") for path in found)
+
+
+def test_what_a_run_ends_with_is_a_model_with_its_controlnet(data, tmp_path):
+    """And the base in it is as it was read, to the bit; in bf16 too."""
+    recipe = recipe_for(data, ControlNet(), ema=None, steps=2, dtype="bf16")
+    folder = loop.train(recipe, progress=False)
+    _, base = open_model(TINY)
+    _, found = open_model(folder)
+    for path, tensor in base["unet"].items():
+        assert np.array_equal(tensor.numpy(), found["unet"][path].numpy()), path
+    ControlNetModel.from_pretrained(folder / "controlnet")
+
+
+HINTS = {
+    "edges": ("edges", lambda example: example["hint"].max() == 255),
+    "segmentation": (
+        "segmentation",
+        lambda example: (
+            {tuple(c) for c in example["hint"].reshape(-1, 3)}
+            <= {tuple(c) for c in maps.distinct(256)}
+        ),
+    ),
+    "canny": ("canny", lambda example: set(np.unique(example["hint"])) == {0, 255}),
+}
+
+
+@pytest.mark.parametrize("kind", HINTS)
+def test_hints_are_read_from_data_or_made_on_the_fly(kind, tmp_path):
+    hint, check = HINTS[kind]
+    task = ControlNet(hint=hint, palette="distinct")
+    recipe = recipe_for(tmp_path, task, data=Images(source="emoji_scenes", size=64))
+    run = loop.Run(recipe)
+    with run.loader():
+        rows = run.rows
+    assert rows["hint"].shape == (BATCH, 64, 64, 3)
+    assert rows["hint"].dtype == np.uint8
+    assert check(rows)
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "words"),
+    [
+        (ControlNet(links="some"), {}, "is neither all nor middle"),
+        (ControlNet(palette="mine"), {}, "is not one of ade20k, distinct"),
+        (ControlNet(control="nowhere"), {}, "no ControlNet folder or file nowhere"),
+        (ControlNet(learn=("control/",)), {}, "fits no parameter; perhaps controlnet/"),
+        (ControlNet(), {"samples": Samples(prompts=("a", "b"))}, "samples.hints: 0 for 2 prompts"),
+        (
+            ControlNet(),
+            {"samples": Samples(prompts=("a",), hints=(Path("gone.png"),))},
+            "no such file: gone.png",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(task, more, words, data):
+    with pytest.raises(UserError, match=words) as caught:
+        setup.open_task(recipe_for(data, task, **more))
+    assert "\n" not in str(caught.value)
+
+
+def test_samples_on_the_way_follow_their_hints(data):
+    hint = next((data / "data").glob("*hint*.png"), None) or next((data / "data").glob("*.png"))
+    samples = Samples(prompts=("a cat", "a dog"), hints=(hint,), steps=2)
+    recipe = recipe_for(data, ControlNet(), ema=None, steps=1, samples=samples)
+    loop.train(recipe, progress=False)
+    assert list((data / "run" / "samples").glob("*.png"))
