@@ -4,7 +4,9 @@
 
 The last part: it denoises the latents of the model that it starts from, the embedded one, or one
 that is made anew (`--task.model runs/mini_clip/model`). The text encoder learns on, since telling
-left from right is little use to a contrast of captions. The rate is constant and the average long,
+left from right is little use to a contrast of captions. The loss is of v, unweighted: what a scene
+shows, and where, is decided while noise prevails, to which Min-SNR weights would give little. The
+rate is constant and the average long,
 so that a run can go on for as long as there is time (`--steps`). Numbers are the project's own.
 """
 
@@ -13,9 +15,7 @@ from pathlib import Path
 from jaxgen.training.recipe import EMA, AdamW, Images, Samples, TextToImage, Train
 
 config = Train(
-    task=TextToImage(
-        model="mini", fresh=("unet",), learn=("unet/", "text_encoder/"), snr_gamma=5.0
-    ),
+    task=TextToImage(model="mini", fresh=("unet",), learn=("unet/", "text_encoder/")),
     data=Images(source="emoji_scenes", size=64, caption_dropout=0.1),
     optimizer=AdamW(learning_rate=1e-3, warmup=500, weight_decay=1e-2),
     ema=EMA(decay=0.999),

@@ -1,6 +1,5 @@
 """Pictures that follow hints against diffusers' ControlNet pipelines, and folders both ways."""
 
-import shutil
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ HINTS = [RNG.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8) for _ in range(2)]
 KINDS = {  # what each pair of ControlNets has beyond the base's first half
     "plain": [{}, {}],
     "pooled": [{"global_pool_conditions": True}, {}],
+    "pooled second": [{}, {"global_pool_conditions": True}],
 }
 KEYWORDS = {"guidance": "guidance_scale", "guess": "guess_mode"}
 
@@ -119,7 +119,8 @@ CASES = {  # base, kind, how many, scales, spans, settings
     ),
     "guess": ("plain", "plain", 2, [1.0, 0.5], WHOLE, {"guess": True, "guidance": 4.0}),
     "guess without guidance": ("plain", "plain", 1, [1.0], WHOLE, {"guess": True, "guidance": 1.0}),
-    "pooled, with another": ("plain", "pooled", 2, [1.0, 0.7], WHOLE, {}),
+    "pooled": ("plain", "pooled", 1, [1.0], WHOLE, {}),
+    "pooled, after another": ("plain", "pooled second", 2, [1.0, 0.7], WHOLE, {}),
     "v, linear": ("v", "plain", 1, [1.0], WHOLE, {}),
     "image": (
         "plain", "plain", 2, [0.6, 1.2], [(0.0, 0.6), (0.3, 1.0)],
@@ -209,26 +210,30 @@ def authors(net):
     return out
 
 
-def test_the_authors_single_file(made, tmp_path):
-    pair = made("plain", "plain")
-    net = pair.nets[0]
+def small_but_released():
+    """A ControlNet of 32 groups and 8 heads, as released ones: neither is seen in shapes."""
+    widths = {"block_out_channels": [32, 64], "conditioning_embedding_out_channels": [4, 8, 12]}
+    kinds = ["CrossAttnDownBlock2D", "DownBlock2D"]
+    text = {"cross_attention_dim": 24, "attention_head_dim": 8}
+    return randomise(ControlNetModel(**widths, **text, down_block_types=kinds, layers_per_block=2))
+
+
+def test_the_authors_single_file(tmp_path):
+    net = small_but_released()
     save_file(authors(net), tmp_path / "net.safetensors")
     found, tensors = controls.open_control(tmp_path / "net.safetensors")
-    # Neither the number of heads nor of groups is seen in shapes.
-    assert found.config.factor == 4
+    assert found == ControlNet.read(dict(net.config), "config.json")
     expected = flatten(params_of(net))
     assert tensors.keys() == expected.keys()
     for path, tensor in tensors.items():
         assert np.array_equal(tensor.numpy(), expected[path]), path
 
 
-def test_diffusers_names_in_a_single_file(made, tmp_path):
-    pair = made("plain", "plain")
-    shutil.copy(
-        pair.folders[0] / "diffusion_pytorch_model.safetensors", tmp_path / "net.safetensors"
-    )
-    found, _ = controls.open_control(tmp_path / "net.safetensors")
-    assert found.config.conditioning_embedding_out_channels == (4, 8, 12)
+def test_diffusers_names_in_a_single_file(tmp_path):
+    net = small_but_released()
+    net.save_pretrained(tmp_path)
+    found, _ = controls.open_control(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert found == ControlNet.read(dict(net.config), "config.json")
 
 
 @torch.no_grad()
