@@ -11,7 +11,7 @@ from pathlib import Path
 from jaxgen.training.recipe import EMA, AdamW, ControlNet, Images, Train
 
 config = Train(
-    task=ControlNet(model="mini", hint="segmentation", palette="distinct", snr_gamma=5.0),
+    task=ControlNet(model="mini", hint="segmentation", palette="distinct"),
     data=Images(source="emoji_scenes", size=64),
     optimizer=AdamW(learning_rate=5e-4, warmup=200, weight_decay=1e-2),
     ema=EMA(decay=0.999),

@@ -6,8 +6,8 @@ The last part: it denoises the latents of the model that it starts from, the emb
 that is made anew (`--task.model runs/mini_clip/model`). The text encoder learns on, since telling
 left from right is little use to a contrast of captions. The loss is of v, unweighted: what a scene
 shows, and where, is decided while noise prevails, to which Min-SNR weights would give little. The
-rate is constant and the average long,
-so that a run can go on for as long as there is time (`--steps`). Numbers are the project's own.
+rate is constant and the average long, so that a run can go on for as long as there is time
+(`--steps`). Numbers are the project's own.
 """
 
 from pathlib import Path

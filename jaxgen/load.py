@@ -61,8 +61,8 @@ def load(
         variant: e.g. "fp16", to choose among the files of a folder.
         prediction: "epsilon", "v_prediction" or "sample", where it differs from what the files
             say, or a single file says nothing.
-        control: ControlNets, beside those that the folder holds: folders, hub ids, single files, or
-            those of the embedded model, "edges" and "segmentation".
+        control: ControlNets, in the stead of those that the folder holds: folders, hub ids, single
+            files, or those of the embedded model, "edges" and "segmentation".
         mesh: devices that hold the parameters; by default the first device alone. `sample` copies
             them to all its devices, unless they are there already.
         rules: (path pattern, PartitionSpec), for parameters that are to be split over the mesh;
@@ -101,8 +101,8 @@ def open_model(
     for name in PARTS:
         tensors[name] = checked(getattr(model, name), released[name], f"{ref or path}: {name}")
     model = dataclasses.replace(model, name=str(ref or EMBEDDED.name))
-    own = controls.found_in(path) if path.is_dir() else []
-    return controls.attach(model, tensors, [*own, *control])
+    wanted = control or (controls.found_in(path) if path.is_dir() else ())
+    return controls.attach(model, tensors, wanted)
 
 
 def _predicting(model: Model, prediction: str | None) -> Model:

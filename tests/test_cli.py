@@ -321,7 +321,7 @@ BAD = {
     ),
     "eta of another sampler": (None, ["tiny", "--eta", "0.5"], "eta = 0.5 has no meaning for pndm"),
     "karras of another sampler": (None, ["tiny", "--karras"], "karras belongs to"),
-    "no such branch": (None, ["tiny", "--control", "edges=photo.png"], "--control"),
+    "no such branch": (None, ["tiny", "--box", "a fox@0,0,1,1"], "--box"),
     "no such branch, boxes": (None, ["tiny", "--box", "a fox@0,0,1,1"], "--box"),
     "no such option": (None, ["tiny", "--stepz", "3"], "--steps"),
     "unknown dtype": (None, ["tiny", "--dtype", "f8"], "f32, bf16"),

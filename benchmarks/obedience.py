@@ -1,0 +1,109 @@
+"""Whether the embedded model's ControlNets are followed: the table of their cards.
+
+    python benchmarks/obedience.py
+
+Samples the captions of 500 scenes of emoji_scenes' test split, which no training sees, with each
+scene's own hint and without; beside them the real scenes (the ceiling). Edges of a picture are found
+as emoji_scenes finds them, and compared with the hint's lines to a pixel; segmentation is the
+judge's, which learned from real scenes alone, at its cells of two pixels. KID is against held
+scenes (`--inception`), with its standard error. Ten minutes on two cores. Prints Markdown.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import jaxgen
+from jaxgen.data.annotators import maps
+from jaxgen.data.emoji_scenes import drawing
+from jaxgen.data.emoji_scenes.scenes import EmojiScenes
+from jaxgen.evaluation import judge, obedience, report
+from jaxgen.refs import EMBEDDED_CLIP
+from jaxgen.types import Params
+
+COLUMNS = {"edges": "lines", "segmentation": "segmentation"}  # of the data, by ControlNet
+NAMES = {"edges": "F1 of edges, to one pixel", "segmentation": "mean IoU of segmentation"}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure."""
+
+    model: str | None = None
+    """What `jaxgen.load` takes; the embedded model by default."""
+    controls: tuple[str, ...] = tuple(COLUMNS)
+    """Which of: edges segmentation; or, as NAME=FOLDER, ones that are not shipped."""
+    count: int = 500
+    steps: int = 20
+    guidance: float = 4.0
+    scale: float = 1.0
+    inception: Path | None = None
+    """For KID, as train/port_inception.py makes it."""
+
+
+def hints_of(scenes: EmojiScenes, count: int, column: str) -> tuple[list, list, list, list]:
+    """Pictures, captions, hints, and what the hints are of: labels, or lines."""
+    examples = [scenes.read(i) for i in range(count)]
+    images, captions, marks = ([e[k] for e in examples] for k in ("image", "caption", column))
+    if column != "segmentation":
+        return images, captions, marks, [mark[..., 0] > 0 for mark in marks]
+    colours = maps.distinct(256)
+    hints = [maps.segmentation(mark.astype(np.int32), colours) for mark in marks]
+    return images, captions, hints, [obedience.cells(mark.astype(np.int32)) for mark in marks]
+
+
+def sampled(bench: Bench, ref: str, captions: list[str], hints: list, scale: float) -> list:
+    """A picture for each caption, from noise of its own and with its own hint."""
+    model, params = jaxgen.load(bench.model, control=[ref])
+    noise = np.random.default_rng(0).standard_normal((len(captions), 1, 16, 16, 4), np.float32)
+    made = []
+    for caption, hint, latents in zip(tqdm(captions, f"{ref} at {scale:g}"), hints, noise):
+        control = [jaxgen.Hint(hint, scale)]
+        made += [*jaxgen.sample(
+            model, params, caption, steps=bench.steps, guidance=bench.guidance, latents=latents,
+            control=control,
+        )]  # fmt: skip
+    return made
+
+
+def measured(column: str, images: list, wanted: list, judges: Params) -> float:
+    """The figure of a ControlNet for pictures and what they were to follow."""
+    if column == "segmentation":
+        seen = judge.look(judges, images)
+        return obedience.mean_iou([obedience.labels(one) for one in seen], wanted)
+    found = [drawing.edges(image) > 0 for image in images]
+    return float(np.mean([obedience.edge_f1(f, w) for f, w in zip(found, wanted)]))
+
+
+def main(bench: Bench) -> None:
+    judges = judge.read()
+    inception = report.Judges.read(EMBEDDED_CLIP, bench.inception) if bench.inception else None
+    scenes = EmojiScenes("emoji_scenes:test", columns=tuple(COLUMNS.values()))
+    others, _ = report.read_all(scenes, bench.count, last=True)
+    print(f"{bench.count} scenes, {bench.steps} steps, guidance {bench.guidance}\n")
+    print("| | with | without | real scenes | with / real | KID x 1000 with | without |")
+    print("|---|---|---|---|---|---|---|")
+    for control in bench.controls:
+        name, _, ref = control.partition("=")
+        images, captions, hints, wanted = hints_of(scenes, bench.count, COLUMNS[name])
+        made, plain = (
+            sampled(bench, ref or name, captions, hints, scale) for scale in (bench.scale, 0.0)
+        )
+        figures = [
+            measured(COLUMNS[name], shown, wanted, judges) for shown in (made, plain, images)
+        ]
+        kids = ["", ""]
+        if inception:
+            reports = [
+                report.evaluate(inception, shown, captions, others) for shown in (made, plain)
+            ]
+            kids = [f"{1000 * r.kid[0]:.2f} ± {1000 * r.kid[1]:.2f}" for r in reports if r.kid]
+        cells = [*(f"{figure:.3f}" for figure in figures), f"{figures[0] / figures[2]:.1%}", *kids]
+        print(f"| {name}: {NAMES[name]} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, description=__doc__))
