@@ -85,7 +85,7 @@ def condition(
         text = jnp.where(negative[:, None, None], encode(), text)
     inputs = Inputs(text, concat=_channels(checked, pictures, len(indices), len(rows)))
     seen = [row > 0 or not guided for row in rows]  # in guess mode, by which branches
-    inputs = inputs._replace(controls=_controls(model, checked, seen, len(indices), mesh))
+    inputs = inputs._replace(controls=_controls(model, checked, seen, indices, mesh))
     if distilled:
         inputs = inputs._replace(guidance=(jnp.full(len(ids), request.guidance, jnp.float32),))
     low, high = request.guidance_interval
@@ -95,7 +95,7 @@ def condition(
 
 
 def _controls(
-    model: Model, checked: Plan, seen: list[bool], images: int, mesh: Mesh
+    model: Model, checked: Plan, seen: list[bool], indices: list[int], mesh: Mesh
 ) -> tuple[Control, ...]:
     """Hints and how their residuals weigh, for every branch of every image where they differ."""
     nets = [net.config for net in model.controls]
@@ -107,12 +107,18 @@ def _controls(
             weights = np.logspace(-1, 0, net.residuals)
         rows = (hint.scale * weights[None]).astype(np.float32)
         if guess:
-            rows = sharding.split_batch(np.tile(np.array(seen)[:, None] * rows, (images, 1)), mesh)
+            rows = sharding.split_batch(
+                np.tile(np.array(seen)[:, None] * rows, (len(indices), 1)), mesh
+            )
         else:
             rows = sharding.replicate(rows, mesh)
-        pixels = hint.picture[None].astype(np.float32) / 255
         span = () if hint.span == (0.0, 1.0) else tuple(map(np.float32, hint.span))
-        pixels, span = sharding.replicate((pixels, span), mesh)
+        span = sharding.replicate(span, mesh)
+        if hint.picture.ndim == 3:  # encoded once for all
+            pixels = sharding.replicate(hint.picture[None].astype(np.float32) / 255, mesh)
+        else:
+            rows_of = hint.picture[np.array(indices) // checked.request.count]
+            pixels = sharding.split_batch(rows_of.astype(np.float32) / 255, mesh)
         out.append(Control(pixels, rows, span))
     return tuple(out)
 

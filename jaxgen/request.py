@@ -47,7 +47,8 @@ class Request:
         image: uint8 [H, W, 3] to start from, or to edit.
         strength: how far an image is noised, 0 < strength <= 1; 0.8 by default.
         mask: bool [H, W], True where the image is repainted.
-        control: for each ControlNet of the model, in order, a `Hint`, or its picture alone.
+        control: for each ControlNet of the model, in order, a `Hint`, or its picture alone: one for
+            all prompts, or one for each.
         guess: whether ControlNets are followed without a prompt: the negative branch sees no hint,
             and early residuals weigh less (Zhang et al. 2023, "guess mode").
         latents: float32 [N, H/f, W/f, C] standard normal noise instead of the seed's, with N = 1
@@ -295,10 +296,10 @@ def _hints(model: Model, request: Request, width: int, height: int) -> list[Hint
     hints = []
     for one, net in zip(request.control, nets):
         hint = one if isinstance(one, Hint) else Hint(one)
-        hint.check()
+        hint.check(len(request.prompts))
         picture = fit(hint.picture, width, height, net.config.conditioning_channels)
-        if picture.shape[:2] != hint.picture.shape[:2]:
-            found = "{1}x{0}".format(*hint.picture.shape)
+        if picture.shape[-3:-1] != hint.picture.shape[-3:-1]:
+            found = "{1}x{0}".format(*hint.picture.shape[-3:])
             logger.warning(
                 "%s is resized from %s to %dx%d", hint.name or "a hint", found, width, height
             )

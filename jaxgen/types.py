@@ -67,8 +67,8 @@ class Residuals(NamedTuple):
 class Control(NamedTuple):
     """What a ControlNet is given."""
 
-    hint: Array  # [R, H, W, C] in [0, 1], R = 1 for the whole batch or B
-    weights: Array  # [R, n + 1] of the residuals: skips, first to last, then the middle
+    hint: Array  # [1, H, W, C] in [0, 1] for the whole batch, or one for each image
+    weights: Array  # [1 or B, n + 1] of the residuals: skips, first to last, then the middle
     span: tuple[Array, ...] = ()  # two []: the part of a run in which it acts; without, always
 
 

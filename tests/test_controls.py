@@ -151,6 +151,19 @@ def test_a_hint_changes_the_picture_and_a_scale_of_zero_does_not(made):
     assert (ours(pair, 1, [1.0], WHOLE) != plain).any()
 
 
+def test_each_prompt_may_have_a_hint_of_its_own(made):
+    pair = made("plain", "plain")
+    model, params = jaxgen.load(pair.folder, control=pair.folders[:1])
+    settings = {"size": (WIDTH, HEIGHT), "steps": 3, "latents": LATENTS, "guidance": 4.0}
+    prompts = ["a red apple", "two cats"]
+    together = jaxgen.sample(model, params, prompts, control=[np.stack(HINTS)], batch=2, **settings)
+    for image, prompt, hint in zip(together, prompts, HINTS):
+        alone = jaxgen.sample(model, params, prompt, control=[hint], **settings)
+        assert np.abs(image.astype(int) - alone[0]).max() <= 1
+    with pytest.raises(UserError, match="there are 2 hints for 1 prompts"):
+        jaxgen.sample(model, params, "a red apple", control=[np.stack(HINTS)], **settings)
+
+
 def test_folders_both_ways(made, tmp_path):
     pair = made("plain", "plain")
     model, params = jaxgen.load(pair.folder, control=pair.folders)

@@ -17,7 +17,8 @@ class Hint:
     """What one ControlNet follows.
 
     Attributes:
-        picture: uint8 [H, W, 3], of what the network learned to read: edges, a map of labels ...
+        picture: uint8 [H, W, 3], of what the network learned to read (edges, a map of labels ...), or
+            [P, H, W, 3], one for each prompt.
         scale: of what it adds; 0 is without it.
         span: the part of the run, as fractions, in which it acts; a step that is only partly within
             is not.
@@ -29,15 +30,17 @@ class Hint:
     span: tuple[float, float] = (0.0, 1.0)
     name: str = ""
 
-    def check(self) -> None:
-        """UserError for what is no hint."""
+    def check(self, prompts: int) -> None:
+        """UserError for what is no hint, or not one for each of so many prompts."""
         picture = self.picture
         if not isinstance(picture, np.ndarray):
             kind = type(picture).__name__
             raise UserError(f"a hint is a {kind}, not a numpy array uint8 [H, W, 3]")
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        if picture.dtype != np.uint8 or picture.ndim not in (3, 4) or picture.shape[-1] != 3:
             found = f"{picture.dtype} {list(picture.shape)}"
             raise UserError(f"a hint is {found}, and must be uint8 [H, W, 3]")
+        if picture.ndim == 4 and len(picture) != prompts:
+            raise UserError(f"there are {len(picture)} hints for {prompts} prompts")
         if not isinstance(self.scale, int | float | np.number) or not math.isfinite(self.scale):
             raise UserError(f"the scale of a control is {self.scale!r}, not a finite number")
         if abs(self.scale) > 1e4:
@@ -51,7 +54,7 @@ class Hint:
 
 
 def fit(hint: np.ndarray, width: int, height: int, channels: int = 3) -> np.ndarray:
-    """A hint, uint8 [H, W, 3], at a size and with the channels that a ControlNet reads.
+    """A hint, uint8 [..., H, W, 3], at a size and with the channels that a ControlNet reads.
 
     Maps of labels (coloured, and of few colours) are resized to the nearest pixel, so that no
     colour appears that stands for nothing; other hints by Lanczos, as diffusers resizes all.
@@ -59,6 +62,8 @@ def fit(hint: np.ndarray, width: int, height: int, channels: int = 3) -> np.ndar
     Raises:
         UserError: for channels that no picture has.
     """
+    if hint.ndim == 4:
+        return np.stack([fit(one, width, height, channels) for one in hint])
     if hint.shape[:2] != (height, width):
         near = Image.Resampling.NEAREST
         if is_labels(hint):

@@ -213,10 +213,14 @@ class ControlNet:
         """All that does not depend on time: the hint's features, keys and values of the text.
 
         Args:
-            hint: [B, H, W, C] in [0, 1], of the pictures' size.
+            hint: [1, H, W, C] in [0, 1] for the whole batch, or one for each image, whose rows of
+                the batch, under each condition, are side by side.
         """
         dtype = params["conv_in"]["kernel"].dtype
         features = self._hint_encoder.apply({"params": params[HINT]}, hint.astype(dtype))
+        rows = inputs.text.shape[0]
+        if len(features) > 1:
+            features = jnp.repeat(features, rows // len(features), 0)
         cache: Cache = {"features": features}
         cache["text"] = keys_values(params, inputs.text.astype(dtype))
         cache["added"] = added_waves(self.config.encoder, inputs, dtype)
