@@ -17,7 +17,7 @@ class Hint:
     """What one ControlNet follows.
 
     Attributes:
-        picture: uint8 [H, W, 3], of what the network learned to read (edges, a map of labels ...), or
+        picture: uint8 [H, W, 3], of what the network learned to read (edges, labels, a pose), or
             [P, H, W, 3], one for each prompt.
         scale: of what it adds; 0 is without it.
         span: the part of the run, as fractions, in which it acts; a step that is only partly within
