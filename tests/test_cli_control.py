@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxgen import generate, save
+from jaxgen import generate
 from jaxgen.commands import controls
 from jaxgen.data.annotators import lines
 from jaxgen.load import open_model, read_params
 from jaxgen.models.controlnet import ControlNet, ControlNetConfig
+from jaxgen.save import save, write_control
 from tests.test_cli import compile_cache, here, run, sample  # noqa: F401
 
 
@@ -23,7 +24,7 @@ def nets(here):  # noqa: F811
     params = net.init(jax.random.key(0))
     for name in ("net", "other"):
         Path(name).mkdir()
-        save.write_control(net, params, Path(name))
+        write_control(net, params, Path(name))
     hint = np.zeros((64, 64, 3), np.uint8)
     hint[20:40] = 255
     Image.fromarray(hint).save("hint.png")
@@ -105,7 +106,7 @@ def test_a_hint_of_another_size_is_resized_and_that_is_said_once(nets, capsys, m
 
 def test_info_names_them_and_a_converted_folder_keeps_them(nets, capsys):
     model, tensors = open_model("tiny", control=["net"])
-    save.save(model, read_params(tensors), "whole")
+    save(model, read_params(tensors), "whole")
     run("info", "whole")
     said = capsys.readouterr().out
     assert "branches      controlnet" in said
@@ -117,7 +118,7 @@ def test_info_names_them_and_a_converted_folder_keeps_them(nets, capsys):
 
 def test_a_whole_model_that_has_them_needs_their_hints(nets, capsys):
     model, tensors = open_model("tiny", control=["net"])
-    save.save(model, read_params(tensors), "whole")
+    save(model, read_params(tensors), "whole")
     whole = ("sample", "a fox", "--model", "whole", "--steps", "2", "--out", "out")
     run(*whole, code=2)
     assert "whole has 1 ControlNet, and 0 hints are given (control)" in capsys.readouterr().err

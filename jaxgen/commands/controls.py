@@ -45,7 +45,7 @@ def _control(text: str, span: tuple[float, float]) -> tuple[str, Hint]:
 def _source(rest: str) -> tuple[str, str, float]:
     """Annotator, file and scale of `[ANNOTATOR:]FILE[@SCALE]`; what is a file is read as one."""
     name, colon, inner = rest.partition(":")
-    if Path(rest).is_file() or not colon:
+    if not colon or any(Path(text).is_file() for text in (rest, rest.rpartition("@")[0])):
         return "", *_scaled(rest)
     file, scale = _scaled(inner)
     if name in annotators.ANNOTATORS:

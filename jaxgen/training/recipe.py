@@ -154,12 +154,14 @@ def fields(value: Any, prefix: str = "") -> dict[str, Any]:
             flat[name] = type(inner).__name__
             flat |= fields(inner, f"{name}.")
         else:
-            flat[name] = str(inner) if isinstance(inner, Path) else _listed(inner)
+            flat[name] = _listed(inner)
     return flat
 
 
 def _listed(value: Any) -> Any:
-    return [_listed(v) for v in value] if isinstance(value, tuple | list) else value
+    if isinstance(value, tuple | list):
+        return [_listed(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
