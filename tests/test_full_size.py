@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import jaxgen
@@ -71,6 +72,7 @@ class Family(NamedTuple):
     pad: str
     weights: int  # parameters of the UNet
     sizes: tuple[tuple[int, int], ...]
+    control: int  # parameters of its ControlNet
 
 
 FAMILIES = {
@@ -82,6 +84,7 @@ FAMILIES = {
         "<|endoftext|>",
         859_520_964,
         ((256, 256), (392, 520)),
+        361_279_120,
     ),
     "2.1-v": Family(
         {
@@ -102,6 +105,7 @@ FAMILIES = {
         "!",
         865_910_724,
         ((256, 256), (328, 200)),
+        364_228_240,
     ),
 }
 
@@ -163,7 +167,40 @@ def truth(family, folder):
             "encode": nhwc(vae.encode(unit).latent_dist.mean) * vae.config.scaling_factor,
             "picture": picture,
         }
-    return expected
+    return expected | {"control": controlled(pipe, family, folder / "control", text)}
+
+
+SCALES, SPANS = (0.6, 1.1), ((0.0, 0.5), (0.0, 1.0))  # of two ControlNets, which are one
+
+
+def hints(size):
+    """Two of a size, uint8 [2, H, W, 3]."""
+    width, height = size
+    return np.random.default_rng(1).integers(0, 256, (2, height, width, 3), np.uint8)
+
+
+def controlled(pipe, family, folder, text):
+    """Writes a ControlNet; its residuals, and a picture that two follow."""
+    net = randomise(diffusers.ControlNetModel.from_unet(pipe.unet), seed=1)
+    assert sum(p.numel() for p in net.parameters()) == family.control
+    net.save_pretrained(folder)
+    size = family.sizes[0]
+    noise, _ = inputs(size)
+    pictures = hints(size)
+    skips, middle = net(nchw(noise), TIME, text, nchw(pictures[:1] / 255), return_dict=False)
+    parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
+    both = diffusers.StableDiffusionControlNetPipeline(
+        **parts, controlnet=[net, net], requires_safety_checker=False
+    )
+    both.set_progress_bar_config(disable=True)
+    picture = both(
+        PROMPT, [Image.fromarray(one) for one in pictures], latents=nchw(noise),
+        num_inference_steps=STEPS, output_type="np", width=size[0], height=size[1],
+        controlnet_conditioning_scale=list(SCALES),
+        control_guidance_start=[low for low, _ in SPANS],
+        control_guidance_end=[high for _, high in SPANS],
+    ).images  # fmt: skip
+    return {"residuals": [nhwc(y) for y in (*skips, middle)], "picture": picture}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -220,3 +257,34 @@ def test_networks_and_pictures_match_diffusers(case):
     print("\nMEASURED", {str(k): f"{v:.1e}" for k, v in errors.items()}, greys)
     assert max(errors.values()) <= 1e-4, errors
     assert max(greys.values()) <= 1, greys
+
+
+def test_controlnets_match_diffusers(case):
+    family, folder, expected = case
+    expected, size = expected["control"] | {"text": expected["text"]}, family.sizes[0]
+    model, params = jaxgen.load(folder, control=[folder / "control"] * 2)
+    noise, _ = inputs(size)
+    pictures = hints(size)
+    net = model.controls[0]
+    points = grids.grid(Schedule(), STEPS).points
+    point = jax.tree.map(lambda field: field[0], points)._replace(time=np.float32(TIME))
+
+    @jax.jit
+    def residuals(p, x, text, hint):
+        return net.apply(p, x, point, net.prepare(p, Inputs(text), hint))
+
+    hint = np.float32(pictures[:1] / 255)
+    found = residuals(params["controlnet"], noise, expected["text"], hint)
+    errors = [
+        error(ours, theirs)
+        for ours, theirs in zip((*found.skips, found.middle), expected["residuals"], strict=True)
+    ]
+    control = [jaxgen.Hint(*one) for one in zip(pictures, SCALES, SPANS)]
+    picture = jaxgen.sample(
+        model, params, PROMPT, latents=noise, size=size, steps=STEPS, control=control
+    )
+    assert expected["picture"].std() > 0.05, "a flat picture proves nothing"
+    grey = np.abs(picture - np.round(expected["picture"] * 255)).max()
+    print("\nMEASURED controls", f"{max(errors):.1e}", grey)
+    assert max(errors) <= 1e-4, errors
+    assert grey <= 1
