@@ -2,10 +2,10 @@
 
     jaxgen train configs/sd15_segmentation.py --task.model FOLDER --data.source FOLDER
 
-FOLDER is of pictures, each with a column `segmentation`: a PNG of the labels of ADE20K's 150
-classes, which are coloured by its palette and resized to the nearest pixel. For classes of another
-kind, add --task.palette distinct. Twenty thousand pictures are enough (the paper's run on ADE20K);
-rate and batch are the paper's.
+FOLDER is of pictures, each with a column `segmentation`: a PNG of labels as in ADE20K's files (0 is
+other, then 150 classes), which are coloured by its palette and resized to the nearest pixel. For
+classes of another kind, add --task.palette distinct. Twenty thousand pictures are enough (the
+paper's run on ADE20K); rate and batch are the paper's.
 """
 
 from pathlib import Path

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxgen import config
 from jaxgen.denoiser import Model, control_names
 from jaxgen.models.controlnet import ControlNet
 from jaxgen.parts import CONTROLNET, checked
@@ -11,6 +12,8 @@ from jaxgen.refs import find_control
 from jaxgen.types import UserError
 from jaxgen.weights import files, single_control
 from jaxgen.weights.files import Tensors
+
+MOST = 16  # ControlNets of one model folder
 
 # Fields of a UNet that its ControlNets share, and what an error calls them.
 _SHARED = {
@@ -22,7 +25,7 @@ _SHARED = {
 
 
 def attach(
-    model: Model, tensors: dict[str, Tensors], refs: Sequence[str | Path]
+    model: Model, tensors: dict[str, Tensors], refs: Sequence[str | Path], variant: str = ""
 ) -> tuple[Model, dict[str, Tensors]]:
     """The model with further ControlNets, and the tensors of all; names and shapes are checked.
 
@@ -34,7 +37,7 @@ def attach(
     """
     tensors = dict(tensors)
     for ref in refs:
-        net, found = open_control(ref)
+        net, found = open_control(ref, variant)
         check(model, net, str(ref))
         *_, name = control_names(len(model.controls) + 1)
         model = dataclasses.replace(model, controls=(*model.controls, net))
@@ -42,9 +45,9 @@ def attach(
     return model, tensors
 
 
-def open_control(ref: str | Path) -> tuple[ControlNet, Tensors]:
+def open_control(ref: str | Path, variant: str = "") -> tuple[ControlNet, Tensors]:
     """A ControlNet and its tensors by path, of which no values are read."""
-    path = find_control(ref)
+    path = find_control(ref, variant)
     if path.is_file():
         data, released = single_control.read(files.open_file(path), str(path))
         net = ControlNet.read(data, str(path))
@@ -53,7 +56,7 @@ def open_control(ref: str | Path) -> tuple[ControlNet, Tensors]:
             path /= CONTROLNET.folder  # of the whole model that a run ends with
         if not any(path.iterdir()):
             raise UserError(f"{path} is empty; a ControlNet's folder holds config.json and weights")
-        net, released = CONTROLNET.open(path)
+        net, released = CONTROLNET.open(path, variant)
     return net, checked(net, released, str(path))
 
 
@@ -86,10 +89,24 @@ def check(model: Model, net: ControlNet, ref: str) -> None:
 
 
 def found_in(folder: Path) -> list[Path]:
-    """The ControlNets that a model folder holds, in order."""
+    """The ControlNets that a model folder holds, in order. UserError if it lacks one it names."""
     there = []
-    for name in control_names(100):
+    for name in control_names(MOST):
         if not (folder / name / "config.json").is_file():
             break
         there.append(folder / name)
+    if not there and CONTROLNET.folder in config.read_json(folder / "model_index.json"):
+        raise UserError(f"{folder} lacks {CONTROLNET.folder}/, which its model_index.json names")
     return there
+
+
+def is_control(ref: str | Path) -> bool:
+    """Whether a folder or file that is there is a ControlNet, and not a whole model."""
+    try:
+        path = find_control(ref)
+        if path.is_file():
+            single_control.read(files.open_file(path), str(path))
+            return not any(key.startswith("first_stage_model.") for key in files.open_file(path))
+        return config.read_json(path / "config.json").get("_class_name") == CONTROLNET.class_name
+    except UserError:
+        return False

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.data.tokenizer import Tokenizer
+from jaxgen.diffusion.guidance import SLACK
 from jaxgen.models.clip import TextEncoder, VisionEncoder
 from jaxgen.models.controlnet import ControlNet
 from jaxgen.models.unet import UNet
 from jaxgen.models.vae import VAE
 from jaxgen.types import Array, Cache, Control, Denoiser, Inputs, Params, Point, Residuals
-
-_SLACK = 1e-3  # of a step: 0.3 of 10 steps is 3, however 0.3 is rounded
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,11 @@ def _residuals(
         return acting()
     low, high = control.span
     # diffusers keeps step i where i / N >= low and (i + 1) / N <= high.
-    acts = (point.index >= low * point.steps - _SLACK) & (
-        point.index + 1 <= high * point.steps + _SLACK
+    acts = (point.index >= low * point.steps - SLACK) & (
+        point.index + 1 <= high * point.steps + SLACK
     )
-    nothing = lambda: jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(acting))  # noqa: E731
+
+    def nothing() -> Residuals:
+        return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(acting))
+
     return jax.lax.cond(acts, acting, nothing)

@@ -46,7 +46,7 @@ def load(
     dtype: str | None = "f32",
     variant: str = "",
     prediction: str | None = None,
-    control: Sequence[str | Path] = (),
+    control: Sequence[str | Path] | None = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules = (),
 ) -> tuple[Model, Params]:
@@ -80,17 +80,18 @@ def open_model(
     variant: str = "",
     prediction: str | None = None,
     seed: int = 0,
-    control: Sequence[str | Path] = (),
+    control: Sequence[str | Path] | None = None,
 ) -> tuple[Model, dict[str, Tensors]]:
     """A model and its tensors by part and path: names and shapes are checked, no values read.
 
-    The seed is that of `fresh:NAME`'s random parameters.
+    The seed is that of `fresh:NAME`'s random parameters; `control` is as in `load`, and an empty
+    one leaves a folder's own ControlNets aside.
     """
     if prediction not in (None, *PREDICTIONS):
         raise UserError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
     if str(ref).startswith(zoo.PREFIX):
         model, tensors = _open_fresh(str(ref), seed)
-        return controls.attach(_predicting(model, prediction), tensors, control)
+        return controls.attach(_predicting(model, prediction), tensors, control or ())
     path = find(ref, variant)
     if path.is_file():
         model, released = _open_single(path, prediction)
@@ -101,8 +102,9 @@ def open_model(
     for name in PARTS:
         tensors[name] = checked(getattr(model, name), released[name], f"{ref or path}: {name}")
     model = dataclasses.replace(model, name=str(ref or EMBEDDED.name))
-    wanted = control or (controls.found_in(path) if path.is_dir() else ())
-    return controls.attach(model, tensors, wanted)
+    if control is None:
+        control = controls.found_in(path) if path.is_dir() else ()
+    return controls.attach(model, tensors, control, variant)
 
 
 def _predicting(model: Model, prediction: str | None) -> Model:

@@ -20,13 +20,13 @@ def find(ref: str | Path | None, variant: str = "") -> Path:
     return _there(path) or _fetched(str(ref), path, "model", variant)
 
 
-def find_control(ref: str | Path) -> Path:
+def find_control(ref: str | Path, variant: str = "") -> Path:
     """The folder or file of a ControlNet: the embedded model's by name, any other as a model."""
     path = Path(ref)
     embedded = CONTROLS / path.name
     if str(ref) == path.name and (embedded / "config.json").is_file() and not path.exists():
         return embedded
-    return _there(path) or _fetched(str(ref), path, "ControlNet")
+    return _there(path) or _fetched(str(ref), path, "ControlNet", variant)
 
 
 def _there(path: Path) -> Path | None:

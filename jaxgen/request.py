@@ -1,7 +1,6 @@
 """What one asks of a model, checked on the host before anything compiles."""
 
 import dataclasses
-import logging
 import math
 import operator
 from collections.abc import Sequence
@@ -16,8 +15,6 @@ from jaxgen.diffusion.schedule import Schedule
 from jaxgen.types import UserError
 
 MAX_IMAGES = 10**6  # of one request
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +70,7 @@ class Request:
     image: np.ndarray | None = None
     strength: float | None = None
     mask: np.ndarray | None = None
-    control: Sequence[Hint | np.ndarray] = ()
+    control: Sequence[Hint | np.ndarray] | Hint | np.ndarray = ()
     guess: bool = False
     latents: np.ndarray | None = None
 
@@ -285,7 +282,10 @@ def _start(request: Request, edits: bool) -> tuple[int, bool]:
 
 def _hints(model: Model, request: Request, width: int, height: int) -> list[Hint]:
     """A hint for each ControlNet, as the network reads it."""
-    nets, given = model.controls, len(request.control)
+    wanted = request.control
+    if isinstance(wanted, Hint | np.ndarray):  # of the one ControlNet
+        wanted = [wanted]
+    nets, given = model.controls, len(wanted)
     if len(nets) != given:
         raise UserError(
             f"{model.name} has {len(nets)} ControlNet{'s' * (len(nets) != 1)}, and {given} "
@@ -294,15 +294,13 @@ def _hints(model: Model, request: Request, width: int, height: int) -> list[Hint
     if request.guess and not nets:
         raise UserError("guess has no effect without a ControlNet (control)")
     hints = []
-    for one, net in zip(request.control, nets):
+    for one, net in zip(wanted, nets):
         hint = one if isinstance(one, Hint) else Hint(one)
         hint.check(len(request.prompts))
         picture = fit(hint.picture, width, height, net.config.conditioning_channels)
         if picture.shape[-3:-1] != hint.picture.shape[-3:-1]:
             found = "{1}x{0}".format(*hint.picture.shape[-3:])
-            logger.warning(
-                "%s is resized from %s to %dx%d", hint.name or "a hint", found, width, height
-            )
+            images.warn_once(f"{hint.name or 'a hint'} is resized from {found} to {width}x{height}")
         hints.append(dataclasses.replace(hint, picture=picture))
     return hints
 

@@ -128,7 +128,7 @@ def test_prompts_come_from_a_file_too(here):
 
 
 def transparent() -> None:
-    images._warn_once.cache_clear()
+    images.warn_once.cache_clear()
     Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save("clear.png")
 
 

@@ -195,14 +195,12 @@ def authors(net):
     hint = ["conv_in", *(f"blocks.{i}" for i in range(4)), "conv_out"]
     for key, value in state.items():
         for i, name in enumerate(blocks):
-            slot = {"conv_in": "0", f"{name}": "0.op"}.get(name, "")
             if key.startswith(f"{name}."):
                 key = f"input_blocks.{i}.{'0' if i == 0 else '0.op'}.{key.removeprefix(name + '.')}"
             for j, what in enumerate(("resnets", "attentions")):
                 start = name.format(what) + "."
                 if "{" in name and key.startswith(start):
                     key = f"input_blocks.{i}.{j}.{key.removeprefix(start)}"
-            del slot
         for i, name in enumerate(("resnets.0", "attentions.0", "resnets.1")):
             key = key.replace(f"mid_block.{name}.", f"middle_block.{i}.")
         if key.startswith(("input_blocks", "middle_block")):

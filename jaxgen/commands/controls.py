@@ -39,18 +39,19 @@ def _control(text: str, span: tuple[float, float]) -> tuple[str, Hint]:
     picture = read_image(Path(file))
     if annotator:
         picture = annotators.ANNOTATORS[annotator](picture)
-    return ref, Hint(picture, scale, span, text)
+    name = f"{ref}={annotator}:{file}" if annotator else f"{ref}={file}"
+    return ref, Hint(picture, scale, span, name)
 
 
 def _source(rest: str) -> tuple[str, str, float]:
     """Annotator, file and scale of `[ANNOTATOR:]FILE[@SCALE]`; what is a file is read as one."""
     name, colon, inner = rest.partition(":")
-    if not colon or any(Path(text).is_file() for text in (rest, rest.rpartition("@")[0])):
+    if not colon or _is_file(rest) or _is_file(rest.rpartition("@")[0]):
         return "", *_scaled(rest)
     file, scale = _scaled(inner)
     if name in annotators.ANNOTATORS:
         return name, file, scale
-    if Path(file).is_file():
+    if _is_file(file):
         close = difflib.get_close_matches(name, annotators.ANNOTATORS, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         names = ", ".join(annotators.ANNOTATORS)
@@ -61,7 +62,7 @@ def _source(rest: str) -> tuple[str, str, float]:
 def _scaled(text: str) -> tuple[str, float]:
     """FILE[@SCALE], split at the last @ unless all of it is a file."""
     file, at, number = text.rpartition("@")
-    if Path(text).is_file() or not at:
+    if not at or _is_file(text):
         return text, 1.0
     try:
         scale = float(number)
@@ -70,3 +71,10 @@ def _scaled(text: str) -> tuple[str, float]:
     if not math.isfinite(scale):
         raise UserError(f"--control: the scale {number!r} after the @ of {text} is not a number")
     return file, scale
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # a name too long, a folder that is closed
+        return False

@@ -107,7 +107,7 @@ class Sample:
         terminal.use_compile_cache()
         with terminal.notices_after():
             wanted = controls.parse(self.control, self.control_range)
-            refs = [ref for ref, _ in wanted]
+            refs = [ref for ref, _ in wanted] or None
             model, tensors = open_model(self.model, prediction=self.prediction, control=refs)
             self._refuse_branches(model)
             checked = request.plan(model, self._request(model, [hint for _, hint in wanted]))

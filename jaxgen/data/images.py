@@ -63,7 +63,7 @@ def read_image(path: Path) -> np.ndarray:
         except Exception as error:  # decoders raise a dozen types at damaged data
             raise _unreadable(path, error) from None
     if clear:
-        _warn_once("transparent pictures are composited on white")
+        warn_once("transparent pictures are composited on white")
     return rgb
 
 
@@ -94,7 +94,8 @@ def _too_large(path: Path, size: str) -> UserError:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Logs what is said once for a whole program."""
     logger.warning(message)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from jaxgen.data.examples import LABELS, MASKS, BadExample, Example
+from jaxgen.data.hints import is_labels
 
 Size = tuple[int, int]  # width, height
 ASPECT_SLACK = 0.02  # a pixel of rounding in a small picture
@@ -55,7 +56,7 @@ def resize_and_crop(
         h, w = example[name].shape[:2]
         if abs(w * height / (h * width) - 1) > ASPECT_SLACK:
             raise BadExample("", f"{name!r} is {w}x{h} and the image {width}x{height}")
-        example[name] = cut(example[name], box, size, name in (*MASKS, *LABELS))
+        example[name] = cut(example[name], box, size, _is_flat(name, example[name]))
     if "boxes" not in columns:
         example.pop("boxes", None)
         return example
@@ -64,6 +65,11 @@ def resize_and_crop(
     if "phrases" in example:
         example["phrases"] = [p for p, keep in zip(example["phrases"], kept) if keep]
     return example
+
+
+def _is_flat(name: str, pixels: np.ndarray) -> bool:
+    """Whether values between those of a picture mean nothing: masks, labels, and their colours."""
+    return name in (*MASKS, *LABELS) or (name == "hint" and is_labels(pixels))
 
 
 def pictures(example: Example, columns: Iterable[str]) -> list[str]:
@@ -85,7 +91,7 @@ def cut(pixels: np.ndarray, box: tuple[float, ...], size: Size, nearest: bool) -
     edges = tuple(min(f * side, side) for f, side in zip(box, sides))  # rounding must not leave it
     how = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
     kind = pixels.dtype
-    if nearest:  # Pillow scales neither bool nor 16 bits
+    if nearest and pixels.ndim == 2:  # Pillow scales neither bool nor 16 bits
         pixels = pixels.astype(np.int32)
     return np.array(Image.fromarray(pixels).resize(size, how, edges)).astype(kind, copy=False)
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from jaxgen.types import Array, Denoiser, Point, at_least_float32
 
-_SLACK = 1e-3  # of a step: 0.3 of 10 steps is 3, however 0.3 is rounded
+SLACK = 1e-3  # of a step: 0.3 of 10 steps is 3, however 0.3 is rounded
 
 
 def guide(
@@ -41,8 +41,8 @@ def guide(
         e = branches[:, 0] + jnp.einsum("j,bj...->b...", scales, jnp.diff(branches, axis=1))
         e = rescale * (e * _std_ratio(last, e)) + (1 - rescale) * e
 
-        acts = (point.index >= low * point.steps - _SLACK) & (
-            point.index < high * point.steps - _SLACK
+        acts = (point.index >= low * point.steps - SLACK) & (
+            point.index < high * point.steps - SLACK
         )
         return jnp.where(acts, e, last)
 

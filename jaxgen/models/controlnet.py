@@ -5,18 +5,18 @@ every skip of the UNet, and to its middle, what a convolution that began at zero
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgen import config
+from jaxgen import trees
+from jaxgen.models.controlnet_config import ControlNetConfig
 from jaxgen.models.layers import Conv, EmbeddingMLP, sinusoids
 from jaxgen.models.unet import added_waves, encode, keys_values
-from jaxgen.models.unet_config import FIXED as UNET_FIXED
-from jaxgen.models.unet_config import UNetConfig
+from jaxgen.sharding import pin
 from jaxgen.types import (
     Array,
     Cache,
@@ -24,76 +24,11 @@ from jaxgen.types import (
     Params,
     Point,
     Residuals,
-    UserError,
     at_least_float32,
     full_precision,
 )
 
 HINT = "controlnet_cond_embedding"  # the hint's encoder in the parameters
-_ABSENT = ("sample_size", "out_channels", "up_block_types", "time_cond_proj_dim")  # of the UNet's
-
-
-@dataclass(frozen=True)
-class ControlNetConfig:
-    """The supported fields of a ControlNet's `config.json`: the encoder's, and four of its own."""
-
-    encoder: UNetConfig = field(default_factory=UNetConfig)
-    conditioning_channels: int = 3
-    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
-    controlnet_conditioning_channel_order: str = "rgb"
-    global_pool_conditions: bool = False
-
-    def __post_init__(self) -> None:
-        order = self.controlnet_conditioning_channel_order
-        if order not in ("rgb", "bgr"):
-            raise UserError(f"controlnet_conditioning_channel_order = {order!r} is not rgb or bgr")
-        if not self.conditioning_embedding_out_channels:
-            raise UserError("conditioning_embedding_out_channels is empty")
-        config.check_positive(self, "conditioning_channels", "conditioning_embedding_out_channels")
-
-    @property
-    def factor(self) -> int:
-        """Pixels of the hint along a latent's side."""
-        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
-
-    @property
-    def residuals(self) -> int:
-        """How many it makes: one for each skip of the UNet, and one for its middle."""
-        layers = self.encoder.per_level("layers_per_block")
-        return 1 + sum(layers) + len(layers)
-
-    @staticmethod
-    def read(data: Mapping[str, Any], where: str) -> "ControlNetConfig":
-        """From the object in a `config.json`; UserError for what is unknown or not supported."""
-        names = [name for name in ControlNetConfig.__dataclass_fields__ if name != "encoder"]
-        own = {name: data[name] for name in names if name in data}
-        rest = {name: value for name, value in data.items() if name not in own}
-        levels = len(rest.get("down_block_types", UNetConfig.down_block_types))
-        rest["up_block_types"] = ("UpBlock2D",) * levels  # it has none, and they say nothing
-        known = {**UNET_FIXED, **dict.fromkeys(names, ...)}  # that errors may suggest
-        encoder = config.parse(UNetConfig, rest, known, where)
-        return config.parse(ControlNetConfig, own | {"encoder": encoder}, {}, where)
-
-    @staticmethod
-    def of(unet: UNetConfig, factor: int) -> "ControlNetConfig":
-        """Of a ControlNet for a UNet, with the released ones' encoder of hints.
-
-        Args:
-            factor: of the VAE, a power of two.
-        """
-        latent = unet.out_channels  # an inpainting UNet reads more, its ControlNet does not
-        widths = (16, 32, 96, *(256,) * 8)[: factor.bit_length()]
-        encoder = replace(unet, in_channels=latent, sample_size=None, time_cond_proj_dim=None)
-        up = ("UpBlock2D",) * len(unet.block_out_channels)
-        encoder = replace(encoder, out_channels=UNetConfig.out_channels, up_block_types=up)
-        return ControlNetConfig(encoder, conditioning_embedding_out_channels=widths)
-
-    def dump(self) -> dict[str, Any]:
-        """The object of a `config.json`."""
-        data = asdict(self)
-        encoder = data.pop("encoder")
-        kept = {name: value for name, value in encoder.items() if name not in _ABSENT}
-        return {"_class_name": "ControlNetModel"} | kept | data
 
 
 class HintEncoder(nn.Module):
@@ -107,10 +42,10 @@ class HintEncoder(nn.Module):
     def __call__(self, hint: Array) -> Array:
         """[B, H, W, C] in [0, 1] -> [B, h, w, features]."""
         hint = hint[..., ::-1] if self.order == "bgr" else hint
-        x = nn.silu(Conv(self.widths[0], name="conv_in")(hint))
+        x = pin(nn.silu(Conv(self.widths[0], name="conv_in")(hint)))
         for i, width in enumerate(self.widths[1:]):
-            x = nn.silu(Conv(self.widths[i], name=f"blocks.{2 * i}")(x))
-            x = nn.silu(Conv(width, stride=2, name=f"blocks.{2 * i + 1}")(x))
+            x = pin(nn.silu(Conv(self.widths[i], name=f"blocks.{2 * i}")(x)))
+            x = pin(nn.silu(Conv(width, stride=2, name=f"blocks.{2 * i + 1}")(x)))
         return Conv(self.features, name="conv_out")(x)
 
 
@@ -169,44 +104,43 @@ class ControlNet:
         zeros = lambda *shape: jnp.zeros((1, *shape))  # noqa: E731
         width = cfg.projection_class_embeddings_input_dim
         added = (zeros(width),) if cfg.addition_embed_type and width else ()
-        pixels = zeros(
-            side * self.config.factor, side * self.config.factor, self.config.conditioning_channels
-        )
-
         one, two = jax.random.split(key)
-        hint = self._hint_encoder.init(one, pixels)["params"]
         features = zeros(side, side, cfg.block_out_channels[0])
         x = zeros(side, side, cfg.in_channels)
         rest = ControlNetModule(self.config).init(two, x, jnp.zeros(()), features, added)["params"]
-        return {**rest, HINT: hint}
+        return {**rest, HINT: self._init_hint(one)}
+
+    def _init_hint(self, key: Array) -> Params:
+        pixels = jnp.zeros((1, *[8 * self.config.factor] * 2, self.config.conditioning_channels))
+        return self._hint_encoder.init(key, pixels)["params"]
 
     @property
     def _hint_encoder(self) -> HintEncoder:
         cfg = self.config
-        return HintEncoder(
+        kind = nn.remat(HintEncoder) if self.remat else HintEncoder
+        return kind(
             cfg.encoder.block_out_channels[0],
             cfg.conditioning_embedding_out_channels,
             cfg.controlnet_conditioning_channel_order,
         )
 
-    def begun(self, params: Params, base: Params) -> Params:
-        """Parameters to learn from: the base UNet's, and zeros where residuals end.
+    def begun(self, key: Array, base: Params) -> Params:
+        """Parameters to learn from: the base's, zeros where residuals end, a fresh hint encoder.
 
         Args:
-            params: of `init`.
             base: of a UNet with this encoder.
         """
-        hint = params[HINT]
+        hint = self._init_hint(key)
         hint = {**hint, "conv_out": jax.tree.map(jnp.zeros_like, hint["conv_out"])}
-        begun = {  # copies, since what learns is replaced in place
-            name: jax.tree.map(jnp.copy if name in base else jnp.zeros_like, base.get(name, node))
-            for name, node in params.items()
-        }
-        channels = (
-            self.config.encoder.in_channels
-        )  # of the latents alone, where the UNet reads more
-        conv_in = {**begun["conv_in"], "kernel": begun["conv_in"]["kernel"][:, :, :channels]}
-        return {**begun, "conv_in": conv_in, HINT: hint}
+        begun: Params = {HINT: hint}
+        for name, node in trees.shapes(self.init).items():
+            if name in base:  # copies, since what learns is replaced in place
+                begun[name] = jax.tree.map(jnp.copy, base[name])
+            elif name != HINT:
+                begun[name] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), node)
+        # Of an inpainting UNet, which reads more, the kernel of the latents alone.
+        kernel = begun["conv_in"]["kernel"][:, :, : self.config.encoder.in_channels]
+        return {**begun, "conv_in": {**begun["conv_in"], "kernel": kernel}}
 
     @full_precision
     def prepare(self, params: Params, inputs: Inputs, hint: Array) -> Cache:

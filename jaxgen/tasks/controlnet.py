@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.data.annotators import ANNOTATORS, lines, maps
+from jaxgen.data.hints import fit
 from jaxgen.denoiser import Model
+from jaxgen.load import CONTROLLED
 from jaxgen.models.controlnet import ControlNet as Network
-from jaxgen.models.controlnet import ControlNetConfig
+from jaxgen.models.controlnet_config import ControlNetConfig
 from jaxgen.tasks import denoising
 from jaxgen.tasks.base import Batch, Example, Task
 from jaxgen.tasks.denoising import TextToImage
@@ -18,7 +20,7 @@ from jaxgen.types import Array, Control, Params, UserError
 
 DROPOUT = 0.5  # of captions, so that what the hint shows is learned from the hint
 DECODER = ("unet/up_blocks", "unet/conv_norm_out/", "unet/conv_out/")  # what `unlocked` frees
-PALETTES = {"ade20k": maps.ADE20K, "distinct": maps.distinct(256)}
+PALETTES = {"ade20k": maps.ADE20K_FILES, "distinct": maps.distinct(256)}
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,10 @@ class ControlNet(TextToImage):
     """A ControlNet to go on from: a folder, a hub id, a single file; by default, a fresh one."""
     hint: str = "hint"
     """What it follows: an annotator (canny, hough, soft, scribble, ...) that reads each picture, or
-    a column of the data: pictures, or the labels of `segmentation`."""
+    a column of the data of another name: pictures, or the labels of `segmentation`."""
     palette: str = "ade20k"
-    """Colours of labels: ade20k (150), or distinct (255, for data without colours of their own)."""
+    """Colours of labels, of which 0 is black: ade20k (1 to 150, as in its files), or distinct (1 to
+    255, for data without colours of their own)."""
     unlocked: bool = False
     """Whether the UNet's decoder learns, too, as short last stretches far from the base's data do;
     with a rate of some 2e-6."""
@@ -52,17 +55,22 @@ class ControlNet(TextToImage):
             raise UserError(f"palette = {self.palette!r} is not one of {', '.join(PALETTES)}")
         if len(model.controls) > 1:
             raise UserError(f"{model.name} has {len(model.controls)} ControlNets; one can learn")
+        if model.unet.config.in_channels != model.vae.config.latent_channels:
+            raise UserError(
+                f"{model.name} reads pictures; take the model for text to image that it is made "
+                "of: a ControlNet fits both"
+            )
+        if model.pipeline not in CONTROLLED:
+            raise UserError(f"diffusers has no {model.pipeline} with ControlNets to be saved for")
         if not model.controls:
             config = ControlNetConfig.of(model.unet.config, model.factor)
             model = replace(model, controls=(Network(config),))
         (net,) = model.controls
         net = replace(net, remat=model.unet.remat, middle_only=self.links == "middle")
+        model = denoising.scheduled(self, replace(model, controls=(net,)))
         freed = replace(self, learn=(*self.learn, *(DECODER if self.unlocked else ())))
-        task = TextToImage.build(freed, replace(model, controls=(net,)))
         follow = partial(_follow, net.config.residuals)
-        task = denoising.task_of(
-            freed, task.model, follow, partial(self._example, model=task.model)
-        )
+        task = denoising.task_of(freed, model, follow, partial(self._example, model=model))
         annotates = self.hint in ANNOTATORS
         return task._replace(
             init=partial(_init, net, task.init),
@@ -82,6 +90,8 @@ class ControlNet(TextToImage):
             hint = example[self.hint]
             if hint.ndim == 2:
                 hint = maps.segmentation(hint.astype(np.int32), PALETTES[self.palette])
+        height, width = hint.shape[:2]
+        hint = fit(hint, width, height, model.controls[0].config.conditioning_channels)
         return denoising.captioned(example, rng, model=model) | {"hint": hint}
 
 
@@ -90,7 +100,7 @@ def _init(net: Network, rest: Any, key: Array, given: Params) -> Params:
     params = rest(key, given)
     if "controlnet" in params:
         return params
-    return {**params, "controlnet": net.begun(net.init(key), given["unet"])}
+    return {**params, "controlnet": net.begun(key, given["unet"])}
 
 
 def _follow(residuals: int, params: Params, batch: Batch) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class TextToImage:
         """The task on a model of this kind. UserError if it is of another."""
         if model.unet.config.in_channels != model.vae.config.latent_channels:
             raise UserError(f"{model.name} reads pictures; text_to_image needs a UNet without")
-        model = _scheduled(self, model)
+        model = scheduled(self, model)
         tokens = partial(captioned, model=model)
         return task_of(self, model, lambda params, batch: {}, tokens)._replace(
             cached=True, dropout=DROPOUT
@@ -79,7 +79,7 @@ class Inpainting(TextToImage):
         if self.masks not in ("random", "data"):
             raise UserError(f"masks = {self.masks!r} is neither random nor data")
         latent = model.vae.config.latent_channels
-        model = _widened(_scheduled(self, model), 2 * latent + 1)
+        model = _widened(scheduled(self, model), 2 * latent + 1)
         example = partial(_masked, model=model, strokes=self.strokes)
         columns = ("mask",) if self.masks == "data" else ()
         task = task_of(self, model, partial(_mask_and_picture, model), example)
@@ -101,13 +101,13 @@ class Editing(TextToImage):
         """The task on a model for text to image, or for editing."""
         if not 0 <= self.dropout <= 1 / 3:
             raise UserError(f"dropout = {self.dropout} is not within 0 to 1/3")
-        model = _widened(_scheduled(self, model), 2 * model.vae.config.latent_channels)
+        model = _widened(scheduled(self, model), 2 * model.vae.config.latent_channels)
         example = partial(_edited, model=model, dropout=self.dropout)
         task = task_of(self, model, partial(_original, model), example)
         return task._replace(columns=("original",))
 
 
-def _scheduled(recipe: TextToImage, model: Model) -> Model:
+def scheduled(recipe: TextToImage, model: Model) -> Model:
     """The model with the noise schedule that it is to learn."""
     scheduler = dict(model.scheduler)
     if recipe.prediction:

@@ -76,7 +76,7 @@ def open_task(recipe: Train) -> tuple[Task, dict[str, Tensors]]:
     """
     wanted = recipe.task
     prediction = getattr(wanted, "prediction", None)
-    control = [ref for ref in (getattr(wanted, "control", ""),) if ref]
+    control = [ref for ref in (getattr(wanted, "control", ""),) if ref]  # no folder's own
     model, tensors = open_model(wanted.model, "", prediction, recipe.seed, control)
     for part in wanted.fresh:
         if part not in PARTS:

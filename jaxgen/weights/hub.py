@@ -22,8 +22,8 @@ def wanted(names: list[str], variant: str = "", kind: str = MODEL) -> list[str]:
         weights = "diffusion_pytorch_model"
         kept = [n for n in names if n == "config.json" or n.startswith(weights)]
     else:
-        folders = tuple(f"{p}/" for p in PARTS)
-        kept = [n for n in names if n == "model_index.json" or n.startswith(folders)]
+        folders = re.compile(rf"({'|'.join(PARTS)}|controlnet(_\d+)?)/")
+        kept = [n for n in names if n == "model_index.json" or folders.match(n)]
     kept = [n for n in kept if n.endswith((".json", ".txt", ".safetensors"))]
     plain = [re.sub(r"\.(fp16|bf16|non_ema|ema_only)(?=[.-])", "", n) for n in kept]
     chosen = {p for n, p in zip(kept, plain) if variant and n != p and f".{variant}" in n}
@@ -36,14 +36,16 @@ def wanted(names: list[str], variant: str = "", kind: str = MODEL) -> list[str]:
 
 def is_whole(folder: Path, variant: str = "", kind: str = MODEL) -> bool:
     """Whether a cached folder is all of it, not what a broken download or a tokenizer left."""
-    if kind == PART:
-        return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-    needed = ["model_index.json", "scheduler/scheduler_config.json"]
-    needed += [f"{part}/config.json" for part in PARTS[:3]]
-    for index in folder.glob("*/*.safetensors.index*.json"):
+    needed = []
+    for index in folder.rglob("*.safetensors.index*.json"):
         shards = set(read_json(index).get("weight_map", {}).values())
-        needed += [f"{index.parent.name}/{shard}" for shard in shards]
+        needed += [str(index.parent.relative_to(folder) / shard) for shard in shards]
     pattern = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+    if kind == PART:
+        needed.append("config.json")
+        return any(folder.glob(pattern)) and all((folder / name).is_file() for name in needed)
+    needed += ["model_index.json", "scheduler/scheduler_config.json"]
+    needed += [f"{part}/config.json" for part in PARTS[:3]]
     weights = [any((folder / part).glob(pattern)) for part in PARTS[:3]]
     words = [(folder / "tokenizer" / name).is_file() for name in ("vocab.json", "tokenizer.json")]
     return all(weights) and any(words) and all((folder / name).is_file() for name in needed)
@@ -67,6 +69,8 @@ def fetch(ref: str, variant: str = "", kind: str = MODEL) -> Path:
     try:
         siblings = hub.HfApi().model_info(ref, timeout=10).siblings or []
         names = wanted([file.rfilename for file in siblings], variant, kind)
+        if not names:
+            raise FileNotFoundError(f"it holds no safetensors of {kind}")
         return Path(hub.snapshot_download(ref, allow_patterns=names))
     except Exception as error:  # the client's own errors are many, and each means the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -24,6 +24,8 @@ def read(tensors: Tensors, where: str) -> tuple[dict[str, Any], Tensors]:
     Raises:
         UserError: for a file that is none.
     """
+    if "difference" in tensors:
+        raise UserError(f"{where} holds differences from a base, which are to be added to it first")
     inner = {k.removeprefix(_PREFIX): t for k, t in tensors.items() if k.startswith(_PREFIX)}
     part = inner or tensors
     if any(key.startswith("input_hint_block.") for key in part):

@@ -50,6 +50,13 @@ def test_colour_changes_of_equal_brightness_are_lines_too():
     assert ANNOTATORS["soft"](picture)[10:-10, 30:34].max() == 255
 
 
+@pytest.mark.parametrize("name", ["canny", "soft", "scribble"])
+def test_small_things_have_lines_too(name):
+    picture = np.full((512, 512, 3), 255, np.uint8)
+    picture[250:266, 250:266] = 0
+    assert ANNOTATORS[name](picture)[240:276, 240:276].max() == 255
+
+
 def test_normals_of_a_slope():
     """Depth that rises by 1 / 64 a pixel: Sobel makes it 8 / 64 beside z = 2 pi."""
     near = np.tile(np.arange(65) / 64, (65, 1)).astype(np.float32)
@@ -74,8 +81,12 @@ def test_labels_have_the_palettes_colours_and_no_others():
     assert found[0].tolist() == [[120, 120, 120], [180, 120, 120], [92, 0, 255]]
     assert not found[1].any()
     assert len(np.unique(maps.ADE20K, axis=0)) == 149  # two of the 150 share one
-    colours = maps.distinct(200)
-    assert len(np.unique(colours, axis=0)) == 200
+    files = maps.segmentation(labels + 1, maps.ADE20K_FILES)
+    np.testing.assert_array_equal(files[0], found[0])
+    assert not maps.segmentation(np.zeros((1, 1), int), maps.ADE20K_FILES).any()
+    colours = maps.distinct(256).astype(int)
+    apart = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
+    assert (apart + 1000 * np.eye(256)).min() > 40
     assert not colours[0].any()
     with pytest.raises(UserError, match="not whole numbers"):
         maps.segmentation(np.ones((2, 2)))

@@ -68,7 +68,7 @@ def test_pictures_stand_as_their_exif_says(tmp_path, rgb, orientation):
 def test_transparent_pictures_are_composited_on_white_which_is_said_once(
     tmp_path, rgb, mode, caplog
 ):
-    images._warn_once.cache_clear()
+    images.warn_once.cache_clear()
     alpha = np.array([0, 255, 0, 255, 0, 255, 0, 255, 128], np.uint8) * np.ones((6, 1), np.uint8)
     grey = np.stack([rgb[..., 0]] * 3, axis=2)
     if mode == "P":
@@ -91,7 +91,7 @@ def test_transparent_pictures_are_composited_on_white_which_is_said_once(
 
 
 def test_opaque_pictures_with_an_alpha_channel_are_read_in_silence(tmp_path, rgb, caplog):
-    images._warn_once.cache_clear()
+    images.warn_once.cache_clear()
     path = write(tmp_path / "x.png", rgb, "RGBA")
     np.testing.assert_array_equal(images.read_image(path), rgb)
     assert not caplog.records

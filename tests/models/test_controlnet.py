@@ -139,8 +139,7 @@ def begun():
     unet = randomise(UNet2DConditionModel(**whole))
     net = pair()[1]
     base = params_of(unet)
-    fresh = net.init(jax.random.key(0))
-    return UNet.read(dict(unet.config), "unet"), base, net, net.begun(fresh, base)
+    return UNet.read(dict(unet.config), "unet"), base, net, net.begun(jax.random.key(0), base)
 
 
 def test_what_has_not_learned_leaves_the_prediction_to_the_bit():
@@ -169,7 +168,7 @@ def test_it_begins_as_diffusers_lets_it():
     unet = randomise(UNet2DConditionModel(**whole))
     theirs = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
     _, net, _ = pair()
-    ours = flatten(net.begun(net.init(jax.random.key(0)), params_of(unet)))
+    ours = flatten(net.begun(jax.random.key(0), params_of(unet)))
     for path, expected in flatten(params_of(theirs)).items():
         if path.startswith("controlnet_cond_embedding") and "conv_out" not in path:
             assert ours[path].shape == expected.shape

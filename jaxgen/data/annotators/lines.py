@@ -50,9 +50,9 @@ def soft(picture: np.ndarray, sigma: float = 1.0) -> np.ndarray:
     smooth = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), sigma)
     dx, dy = (cv2.Scharr(smooth, cv2.CV_32F, *axis) for axis in ((1, 0), (0, 1)))
     slope = np.hypot(dx, dy).reshape(*picture.shape[:2], -1).max(-1)
-    top = np.percentile(slope, 99.5)
-    if not top:  # one colour
+    if not slope.any():  # one colour
         return np.zeros_like(picture)
+    top = np.percentile(slope, 99.5) or slope.max()  # of a small thing, the steepest
     return _as_hint(np.clip(slope / top * 255, 0, 255).round().astype(np.uint8))
 
 

@@ -28,25 +28,25 @@ ADE20K = np.array(
     ],
     np.uint8,
 )
+# As its annotations are stored: 0 is none of the classes, and black.
+ADE20K_FILES = np.concatenate([np.zeros((1, 3), np.uint8), ADE20K])
 
 
 def distinct(count: int) -> np.ndarray:
-    """Colours, uint8 [count, 3], for labels without a palette of their own; the first is black.
+    """Colours, uint8 [count, 3], up to 343, for labels without a palette; the first is black.
 
-    Hues by the golden ratio, so that neighbours are far apart, at three brightnesses.
+    Of a lattice of seven levels, so that any two are far apart, in an order that mixes them.
     """
-    k = np.arange(count)
-    hue = (k * 0.618034) % 1
-    value = np.array([1.0, 0.75, 0.5])[k % 3]
-    saturation = np.array([1.0, 0.6])[k // 3 % 2]
-    wave = np.clip(np.abs((hue[:, None] * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
-    colours = value[:, None] * (1 - saturation[:, None] * (1 - wave))
-    colours[:1] = 0
-    return np.round(255 * colours).astype(np.uint8)
+    place = np.arange(count)
+    place = np.where(place, (place * 97) % 342 + 1, 0)  # 97 has no divisor in common with 342
+    levels = np.stack([place // 49, place // 7 % 7, place % 7], -1)
+    return np.round(levels * (255 / 6)).astype(np.uint8)
 
 
 def segmentation(labels: np.ndarray, palette: np.ndarray = ADE20K) -> np.ndarray:
     """Labels, whole numbers [H, W] -> their colours, uint8 [H, W, 3]; those beyond it are black.
+
+    ADE20K's first class, wall, is 0, as networks count; in its files, that is 1 (`ADE20K_FILES`).
 
     Raises:
         UserError: for what holds no whole numbers.

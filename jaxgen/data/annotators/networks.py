@@ -4,6 +4,7 @@ They run in PyTorch, where it is installed, and fetch their weights from the hub
 do: only who names such an annotator asks for that.
 """
 
+import functools
 import importlib
 from typing import Any
 
@@ -19,11 +20,10 @@ ANNOTATORS = "lllyasviel/Annotators"
 
 def depth(picture: np.ndarray, model: str = DEPTH) -> np.ndarray:
     """Depth by MiDaS (Ranftl et al. 2021), near is bright; by transformers."""
-    transformers = _package("transformers", "depth")
-    _package("torch", "depth")
     try:
-        estimate = transformers.pipeline("depth-estimation", model=model)
-        found = estimate(Image.fromarray(picture))["predicted_depth"]
+        found = _estimator(model)(Image.fromarray(picture))["predicted_depth"]
+    except UserError:
+        raise
     except Exception as error:
         raise _failed("depth", error) from None
     return maps.depth(np.squeeze(np.asarray(found, np.float32)), picture.shape[:2])
@@ -40,13 +40,25 @@ def pose(picture: np.ndarray) -> np.ndarray:
 
 
 def _by_package(detector: str, name: str, picture: np.ndarray) -> np.ndarray:
-    package = _package("controlnet_aux", name)
     height, width = picture.shape[:2]
     try:
-        found = getattr(package, detector).from_pretrained(ANNOTATORS)(Image.fromarray(picture))
+        found = _detector(detector, name)(Image.fromarray(picture))
+    except UserError:
+        raise
     except Exception as error:
         raise _failed(name, error) from None
     return np.asarray(found.convert("RGB").resize((width, height)))
+
+
+@functools.lru_cache(maxsize=1)  # pictures come by the thousand
+def _estimator(model: str) -> Any:
+    _package("torch", "depth")
+    return _package("transformers", "depth").pipeline("depth-estimation", model=model)
+
+
+@functools.lru_cache(maxsize=2)
+def _detector(detector: str, name: str) -> Any:
+    return getattr(_package("controlnet_aux", name), detector).from_pretrained(ANNOTATORS)
 
 
 def _package(package: str, name: str) -> Any:
