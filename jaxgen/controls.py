@@ -8,7 +8,7 @@ from jaxgen import config
 from jaxgen.denoiser import Model, control_names
 from jaxgen.models.controlnet import ControlNet
 from jaxgen.parts import CONTROLNET, checked
-from jaxgen.refs import find_control
+from jaxgen.refs import CONTROLS, find_control
 from jaxgen.types import UserError
 from jaxgen.weights import files, single_control
 from jaxgen.weights.files import Tensors
@@ -101,12 +101,15 @@ def found_in(folder: Path) -> list[Path]:
 
 
 def is_control(ref: str | Path) -> bool:
-    """Whether a folder or file that is there is a ControlNet, and not a whole model."""
+    """Whether a folder or file of this machine is a ControlNet, and not a whole model."""
+    path = Path(ref)
     try:
-        path = find_control(ref)
-        if path.is_file():
-            single_control.read(files.open_file(path), str(path))
-            return not any(key.startswith("first_stage_model.") for key in files.open_file(path))
-        return config.read_json(path / "config.json").get("_class_name") == CONTROLNET.class_name
-    except UserError:
+        path = path if path.exists() else CONTROLS / path.name
+        if path.is_dir():
+            data = config.read_json(path / "config.json")
+            return data.get("_class_name") == CONTROLNET.class_name
+        tensors = files.open_file(path)
+        single_control.read(tensors, str(path))
+        return not any(key.startswith("first_stage_model.") for key in tensors)
+    except (UserError, OSError):
         return False

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,20 @@ def save(model: Model, params: Params, folder: str | Path) -> None:
     Tensors keep their dtype. Raises UserError if `folder` exists and is not empty, or cannot be
     written.
     """
-    folder = Path(folder).resolve()
-    check_new(folder)
     if model.controls and model.pipeline not in CONTROLLED:
         raise UserError(f"diffusers has no {model.pipeline} with ControlNets to be saved for")
+    _whole(folder, "model_index.json", lambda scratch: _write(model, params, scratch))
+
+
+def save_control(net: ControlNet, params: Params, folder: str | Path) -> None:
+    """Writes a ControlNet alone, as `save` writes a model."""
+    _whole(folder, "config.json", lambda scratch: _write_control(net, params, scratch))
+
+
+def _whole(folder: str | Path, last: str, write: Callable[[Path], None]) -> None:
+    """Writes a new folder beside its place and moves it there; `last` is what makes it one."""
+    folder = Path(folder).resolve()
+    check_new(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = folder if folder.exists() else folder.parent
@@ -33,12 +44,12 @@ def save(model: Model, params: Params, folder: str | Path) -> None:
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
     try:
-        _write(model, params, partial)
+        write(partial)
         os.chmod(partial, 0o755)
         if not folder.exists():
             partial.rename(folder)
-        for child in sorted(partial.glob("*"), key=lambda p: p.name == "model_index.json"):
-            child.rename(folder / child.name)  # last, what makes it a model
+        for child in sorted(partial.glob("*"), key=lambda p: p.name == last):
+            child.rename(folder / child.name)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
     finally:
@@ -68,7 +79,7 @@ def _write(model: Model, params: Params, folder: Path) -> None:
             data |= {"architectures": [class_name], "model_type": "clip_text_model"}
         config.write_json(folder / part.folder / "config.json", data)
     for name, net in zip(control_names(len(model.controls)), model.controls):
-        write_control(net, params[name], folder / name)
+        _write_control(net, params[name], folder / name)
         kind = "MultiControlNetModel" if len(model.controls) > 1 else CONTROLNET.class_name
         index["controlnet"] = [CONTROLNET.library, kind]
     if model.vision:
@@ -84,8 +95,7 @@ def _write(model: Model, params: Params, folder: Path) -> None:
     config.write_json(folder / "model_index.json", index)
 
 
-def write_control(net: ControlNet, params: Params, folder: Path) -> None:
-    """Writes a ControlNet's own folder, which must be new."""
+def _write_control(net: ControlNet, params: Params, folder: Path) -> None:
     files.save_folder(folder, CONTROLNET.stem, released(params))
     config.write_json(folder / "config.json", net.config.dump())
 

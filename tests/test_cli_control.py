@@ -13,7 +13,7 @@ from jaxgen.data.annotators import lines
 from jaxgen.load import open_model, read_params
 from jaxgen.models.controlnet import ControlNet
 from jaxgen.models.controlnet_config import ControlNetConfig
-from jaxgen.save import save, write_control
+from jaxgen.save import save, save_control
 from tests.test_cli import compile_cache, here, run, sample  # noqa: F401
 
 
@@ -24,8 +24,7 @@ def nets(here):  # noqa: F811
     net = ControlNet(ControlNetConfig.of(model.unet.config, model.factor))
     params = net.init(jax.random.key(0))
     for name in ("net", "other"):
-        Path(name).mkdir()
-        write_control(net, params, Path(name))
+        save_control(net, params, name)
     hint = np.zeros((64, 64, 3), np.uint8)
     hint[20:40] = 255
     Image.fromarray(hint).save("hint.png")
@@ -124,3 +123,13 @@ def test_a_whole_model_that_has_them_needs_their_hints(nets, capsys):
     assert "whole has 1 ControlNet, and 0 hints are given (control)" in capsys.readouterr().err
     run(*whole, "--control", "whole=hint.png")  # in the stead of its own
     assert Path("out/00000.png").exists()
+
+
+def test_a_controlnet_alone_is_shown_and_converted(nets, capsys):
+    run("info", "net")
+    said = capsys.readouterr().out
+    assert "net: a ControlNet" in said
+    assert "3 channels, f = 4" in said
+    run("convert", "net", "copy")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert Path("copy", name).read_bytes() == Path("net", name).read_bytes()

@@ -1,10 +1,12 @@
 """Pictures that follow hints against diffusers' ControlNet pipelines, and folders both ways."""
 
+import shutil
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
+import jax
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 import jaxgen
 from jaxgen import Hint, UserError, controls
 from jaxgen.models.controlnet import ControlNet
+from jaxgen.sharding import data_mesh
 from jaxgen.trees import flatten
 from tests.test_generate import HEIGHT, IMAGE, LATENTS, MASK, WIDTH, assert_same, make
 from tests.torch_oracle import error, nhwc, params_of, randomise
@@ -164,6 +167,22 @@ def test_each_prompt_may_have_a_hint_of_its_own(made):
         jaxgen.sample(model, params, "a red apple", control=[np.stack(HINTS)], **settings)
 
 
+def test_devices_and_batches_do_not_matter_and_bf16_is_near(made):
+    """In guess mode, with a hint for each prompt, in a part of the run."""
+    pair = made("plain", "plain")
+    model, params = jaxgen.load(pair.folder, control=pair.folders)
+    control = [Hint(np.stack(HINTS), 0.7, (0.0, 0.6)), Hint(HINTS[1])]
+    settings = {"size": (WIDTH, HEIGHT), "steps": 3, "seed": 5, "guidance": 4.0, "guess": True}
+    draw = lambda params, mesh, batch: jaxgen.sample(  # noqa: E731
+        model, params, ["a red apple", "two cats"], count=2, control=control,
+        mesh=mesh, batch=batch, **settings,
+    ).astype(int)  # fmt: skip
+    alone, together = draw(params, data_mesh(1), 1), draw(params, data_mesh(2), 4)
+    assert np.abs(alone - together).max() <= 1
+    halves = jax.tree.map(lambda p: p.astype(jax.numpy.bfloat16), params)
+    assert 0 < np.abs(draw(halves, data_mesh(2), 4) - together).mean() <= 4
+
+
 def test_folders_both_ways(made, tmp_path):
     pair = made("plain", "plain")
     model, params = jaxgen.load(pair.folder, control=pair.folders)
@@ -240,6 +259,22 @@ def test_the_authors_single_file(tmp_path):
         assert np.array_equal(tensor.numpy(), expected[path]), path
 
 
+def test_a_file_of_differences_is_refused(tmp_path):
+    tensors = authors(small_but_released()) | {"difference": torch.ones(1)}
+    save_file(tensors, tmp_path / "net.safetensors")
+    with pytest.raises(UserError, match="holds differences from a base"):
+        controls.open_control(tmp_path / "net.safetensors")
+
+
+def test_a_model_that_lacks_the_controlnet_it_names_is_refused(made, tmp_path):
+    pair = made("plain", "plain")
+    model, params = jaxgen.load(pair.folder, control=pair.folders[:1])
+    jaxgen.save(model, params, tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole" / "controlnet")
+    with pytest.raises(UserError, match="lacks controlnet/, which its model_index"):
+        jaxgen.load(tmp_path / "whole")
+
+
 def test_diffusers_names_in_a_single_file(tmp_path):
     net = small_but_released()
     net.save_pretrained(tmp_path)
@@ -293,6 +328,8 @@ def test_bad_hints_are_one_line(made, tmp_path):
     good = HINTS[0]
     for control, words in (
         ([], "has 1 ControlNet, and 0 hints are given"),
+        (good[..., :2], "must be uint8"),
+        (Hint(good, span=(0.5, 0.2)), "is not 0 <= from < to <= 1"),
         ([good, good], "has 1 ControlNet, and 2 hints are given"),
         ([good[..., :2]], "must be uint8"),
         ([good.astype(np.float32)], "must be uint8"),

@@ -1,12 +1,14 @@
 """`jaxgen info` and `jaxgen convert`: model folders and files."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from jaxgen.load import describe, load
-from jaxgen.save import check_new, save
+from jaxgen import controls
+from jaxgen.load import describe, load, read_params
+from jaxgen.save import check_new, save, save_control
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Info:
 
     def run(self) -> None:
         """Reads headers alone."""
-        print(describe(self.ref))
+        print(describe_control(self.ref) if controls.is_control(self.ref) else describe(self.ref))
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Convert:
     """Write a model as a folder that diffusers loads, in safetensors.
 
     jaxgen convert v1-5-pruned.safetensors sd15
+
+    jaxgen convert control_v11p_sd15_canny.safetensors canny    # a ControlNet alone
     """
 
     src: Positional[str]
@@ -40,5 +44,26 @@ class Convert:
     def run(self) -> None:
         """All of it or nothing."""
         check_new(self.dst)
-        save(*load(self.src, dtype=self.dtype, prediction=self.prediction), self.dst)
+        if controls.is_control(self.src):
+            net, tensors = controls.open_control(self.src)
+            params = read_params({"controlnet": tensors}, self.dtype)
+            save_control(net, params["controlnet"], self.dst)
+        else:
+            save(*load(self.src, dtype=self.dtype, prediction=self.prediction), self.dst)
         print(f"{self.src} is now in {self.dst}")
+
+
+def describe_control(ref: str) -> str:
+    """What a ControlNet holds, in lines for people."""
+    net, tensors = controls.open_control(ref)
+    count = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    config = net.config
+    return "\n".join(
+        [
+            f"{ref}: a ControlNet",
+            f"  parameters    {count:>13,}",
+            f"  base          text {config.encoder.cross_attention_dim} wide, "
+            f"blocks of {config.encoder.block_out_channels} channels",
+            f"  hints         {config.conditioning_channels} channels, f = {config.factor}",
+        ]
+    )

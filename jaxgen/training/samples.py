@@ -33,13 +33,10 @@ def pictures(model: Model, params: Params, recipe: Train) -> np.ndarray:
     """uint8 [N, H, W, 3], a picture for each prompt, on this process' first device."""
     dtype = DTYPES[recipe.dtype]  # of what learned, too: a network has one
     params = jax.tree.map(lambda x: x.astype(dtype, copy=False), params)
-    params = jax.device_put(params, jax.local_devices()[0])
-    mesh, settings = sharding.local_mesh(), setup.sampling(recipe)
-    return np.concatenate(
-        [
-            generate.sample(
-                model, params, list(asked.prompts), control=asked.control, mesh=mesh, **settings
-            )
-            for asked in setup.asks(recipe, model)
-        ]
+    return generate.sample(
+        model,
+        jax.device_put(params, jax.local_devices()[0]),
+        list(recipe.samples.prompts),
+        mesh=sharding.local_mesh(),
+        **setup.sampling(recipe),
     )

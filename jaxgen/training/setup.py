@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgen import request, sharding, trees, zoo
+from jaxgen.data.hints import fit
 from jaxgen.data.images import read_image
 from jaxgen.data.pipeline import Images
 from jaxgen.denoiser import Model
@@ -133,6 +134,8 @@ def check_size(recipe: Train, model: Model) -> None:
 
 def check_samples(recipe: Train, model: Model) -> None:
     """UserError for samples that could not be made once it is time."""
+    if recipe.samples.hints and not model.controls:
+        raise UserError("samples.hints have no effect: the task has no ControlNet")
     if not recipe.samples.prompts:
         return
     if model.unet.config.in_channels != model.vae.config.latent_channels:
@@ -147,33 +150,22 @@ def check_samples(recipe: Train, model: Model) -> None:
             "name one picture file for each, or one for all"
         )
     try:
-        for asked in asks(recipe, model):
-            request.plan(model, asked)
+        request.plan(model, Request(prompts=prompts, **sampling(recipe)))
     except UserError as error:
         raise UserError(f"samples: {error}") from None
-
-
-def asks(recipe: Train, model: Model) -> list[Request]:
-    """What samples are asked for: all prompts at once, or one by one where each has a hint."""
-    wanted = recipe.samples
-    if not model.controls:
-        return [Request(prompts=wanted.prompts, **sampling(recipe))]
-    hints = [read_image(path) for path in wanted.hints]
-    hints *= len(wanted.prompts) if len(hints) == 1 else 1
-    return [
-        Request(prompts=[prompt], control=[hint], **sampling(recipe))
-        for prompt, hint in zip(wanted.prompts, hints)
-    ]
 
 
 def sampling(recipe: Train) -> dict[str, Any]:
     """How samples are drawn: the fields of a request, without its prompts."""
     wanted, size = recipe.samples, recipe.data.size
+    hints = [fit(read_image(path), size, size) for path in wanted.hints]
+    hints *= len(wanted.prompts) if len(hints) == 1 else 1
     return {
         "steps": wanted.steps,
         "guidance": wanted.guidance,
         "seed": wanted.seed,
         "size": (size, size),
+        "control": [np.stack(hints)] if hints else [],
     }
 
 
@@ -310,7 +302,8 @@ def as_read(
         for part, of in tensors.items()
         for path, tensor in of.items()
     }
-    first = task.init(jax.random.key(recipe.seed), trees.unflatten(given))
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the others may be full
+        first = task.init(jax.random.key(recipe.seed), trees.unflatten(given))
     kept, _ = trees.split(params, learned.__contains__)
     _, untouched = trees.split(first, learned.__contains__)
     return trees.combine(kept, untouched)
