@@ -188,7 +188,7 @@ def test_feed_forward_matches_diffusers():
 
 def prepared(params, text):
     """Parameters and the prompt's keys and values, as `UNet.prepare` would make them."""
-    return {"params": params, "cache": unet._keys_values(params, jnp.asarray(text))}
+    return {"params": params, "cache": unet.keys_values(params, jnp.asarray(text))}
 
 
 def test_transformer_block_matches_diffusers():
