@@ -2,7 +2,6 @@
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from jaxgen.types import UserError
 
@@ -73,6 +72,8 @@ def normals(near: np.ndarray, cut: float = 0.1) -> np.ndarray:
     x, y and z as red, green and blue, 128 is zero. As the released ControlNet's: slopes by Sobel
     over depth scaled to 0..1, z = 2 pi; what is farther than `cut` faces the viewer.
     """
+    from scipy import ndimage  # half a second, which other commands need not wait
+
     low, high = float(near.min()), float(near.max())
     share = (near - low) / (high - low) if high > low else np.zeros_like(near)
     share = share.astype(np.float32)
