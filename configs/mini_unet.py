@@ -7,17 +7,17 @@ that is made anew (`--task.model runs/mini_clip/model`). The text encoder learns
 left from right is little use to a contrast of captions. The loss is of v, unweighted: what a scene
 shows, and where, is decided while noise prevails, to which Min-SNR weights would give little. The
 rate is constant and the average long, so that a run can go on for as long as there is time
-(`--steps`). Numbers are the project's own.
+(`--steps`); Muon learns this in fewer steps than AdamW. Numbers are the project's own.
 """
 
 from pathlib import Path
 
-from jaxgen.training.recipe import EMA, AdamW, Images, Samples, TextToImage, Train
+from jaxgen.training.recipe import EMA, Images, Muon, Samples, TextToImage, Train
 
 config = Train(
     task=TextToImage(model="mini", fresh=("unet",), learn=("unet/", "text_encoder/")),
     data=Images(source="emoji_scenes", size=64, caption_dropout=0.1),
-    optimizer=AdamW(learning_rate=1e-3, warmup=500, weight_decay=1e-2),
+    optimizer=Muon(learning_rate=1e-3, warmup=100, weight_decay=1e-2),
     ema=EMA(decay=0.999),
     batch_size=32,
     steps=20_000,

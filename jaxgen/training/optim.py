@@ -1,4 +1,4 @@
-"""Optimizers as typed values: AdamW, Adafactor and Lion over trees of named parameters."""
+"""Optimizers as typed values: AdamW, Adafactor, Lion and Muon over trees of named parameters."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Sharding
 from jax.tree_util import DictKey
+from optax import contrib
 
 from jaxgen import trees
 from jaxgen.training import patterns
@@ -23,9 +24,9 @@ _FROM_1: Any = lambda x: 1 <= x < math.inf, "from 1"
 _BELOW_1: Any = lambda x: 0 <= x < 1, "from 0 to below 1"
 _RANGES = {
     **dict.fromkeys(("learning_rate", "warmup", "clip", "weight_decay"), _FROM_0),
-    **dict.fromkeys(("epsilon", "decay"), _FROM_0),
+    **dict.fromkeys(("epsilon", "decay", "size"), _FROM_0),
     **dict.fromkeys(("threshold", "smallest"), _FROM_1),
-    **dict.fromkeys(("b1", "b2"), _BELOW_1),
+    **dict.fromkeys(("b1", "b2", "beta"), _BELOW_1),
     "final": (lambda x: 0 <= x <= 1, "from 0 to 1"),
 }
 
@@ -130,6 +131,56 @@ class Lion(Optimizer):
 
     def direction(self) -> optax.GradientTransformation:
         return optax.scale_by_lion(self.b1, self.b2)
+
+
+@dataclass(frozen=True)
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024): kernels move by their orthogonalised momentum, the rest by AdamW.
+
+    A kernel's step has the root mean square of AdamW's (Liu et al. 2025), so that rates carry over.
+    """
+
+    beta: float = 0.95
+    """Decay of the momentum of kernels."""
+    b1: float = 0.9
+    """Decay of the mean of gradients, of the rest."""
+    b2: float = 0.999
+    """Decay of the mean of their squares, of the rest."""
+    epsilon: float = 1e-8
+    """Added to the root of the mean of squares, of the rest."""
+    size: float = 0.2
+    """Root mean square of a kernel's step."""
+
+    def direction(self) -> optax.GradientTransformation:
+        muon = optax.chain(
+            contrib.scale_by_muon(beta=self.beta, weight_dimension_numbers=_as_matrices),
+            optax.stateless(lambda steps, _: jax.tree.map(self._sized, steps)),
+        )
+        adam = optax.scale_by_adam(self.b1, self.b2, self.epsilon)
+        return optax.chain(
+            optax.masked(muon, lambda params: _kernels(params, True)),
+            optax.masked(adam, lambda params: _kernels(params, False)),
+        )
+
+    def _sized(self, step: Array) -> Array:
+        """An orthogonal matrix at the wanted root mean square: its own is that of max(in, out)."""
+        fan_in, fan_out = step[..., 0].size, step.shape[-1]
+        return self.size * max(fan_in, fan_out) ** 0.5 * step
+
+
+def _kernels(params: Params, wanted: bool) -> Params:
+    """Whether each leaf is a kernel, or whether it is not."""
+    is_kernel = lambda path, leaf: path.endswith("kernel") and leaf.ndim > 1  # noqa: E731
+    return trees.map_with_path(lambda path, leaf: is_kernel(path, leaf) == wanted, params)
+
+
+def _as_matrices(params: Params) -> Params:
+    """Kernels [..., in, out] as matrices of what is summed over and what comes out."""
+
+    def one(leaf: Any) -> Any:
+        return contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree.map(one, params)
 
 
 def rate(optimizer: Optimizer, steps: int) -> Callable[[Any], Any]:

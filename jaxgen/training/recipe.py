@@ -18,7 +18,7 @@ from jaxgen.tasks.controlnet import ControlNet
 from jaxgen.tasks.denoising import Editing, Inpainting, TextToImage
 from jaxgen.training import patterns
 from jaxgen.training.ema import EMA
-from jaxgen.training.optim import Adafactor, AdamW, Lion
+from jaxgen.training.optim import Adafactor, AdamW, Lion, Muon
 from jaxgen.types import UserError
 
 
@@ -88,7 +88,7 @@ class Train:
     """What is learned, and from what model."""
     data: Images
     """Pictures and captions."""
-    optimizer: AdamW | Adafactor | Lion = field(default_factory=AdamW)
+    optimizer: AdamW | Adafactor | Lion | Muon = field(default_factory=AdamW)
     """How it learns."""
     steps: int = 1000
     """Updates in all."""

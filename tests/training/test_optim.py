@@ -15,7 +15,7 @@ from transformers.optimization import Adafactor as TheirAdafactor
 
 from jaxgen import sharding, trees
 from jaxgen.training import optim
-from jaxgen.training.optim import Adafactor, AdamW, Lion
+from jaxgen.training.optim import Adafactor, AdamW, Lion, Muon
 from jaxgen.types import UserError
 from tests.torch_oracle import error
 
@@ -149,6 +149,32 @@ def test_lion_is_its_closed_form():
         assert error(ours[path], value) < 1e-6
 
 
+def orthogonal(matrix):
+    """Five steps of Newton and Schulz towards U V of a matrix U S V (Jordan et al. 2024)."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+def test_muon_is_its_closed_form_for_kernels_and_adamw_for_the_rest():
+    """With Nesterov's momentum, its start corrected as Adam's is, and 0.2 sqrt(max(in, out))."""
+    rest = {"learning_rate": 0.01, "clip": 0, "weight_decay": 0.5, "b2": 0.99}
+    ours, adam = run(Muon(beta=0.9, **rest)), run(AdamW(**rest))
+    assert np.array_equal(ours["block/bias"], adam["block/bias"])
+    for path in ("block/kernel", "out/kernel"):
+        start = trees.flatten(PARAMS)[path].astype(np.float64)
+        value, mean = start.reshape(-1, start.shape[-1]), 0.0
+        for t, grads in enumerate(GRADS, 1):
+            gradient = trees.flatten(grads)[path].astype(np.float64).reshape(value.shape)
+            mean = 0.9 * mean + 0.1 * gradient
+            ahead = 0.9 * mean / (1 - 0.9 ** (t + 1)) + 0.1 * gradient / (1 - 0.9**t)
+            step = 0.2 * max(value.shape) ** 0.5 * orthogonal(ahead)
+            value = value - 0.01 * (step + 0.5 * value)
+        assert error(ours[path], value.reshape(start.shape)) < 1e-5
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("warmup", [0, 7, 30])
 def test_schedules_are_those_of_diffusers(schedule, warmup):
@@ -179,7 +205,7 @@ def test_what_a_pattern_freezes_is_known_and_stays():
     assert np.array_equal(run(ours)["block/kernel"], PARAMS["block"]["kernel"])  # even if passed
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(), Adafactor(relative=True), Lion()])
+@pytest.mark.parametrize("optimizer", [AdamW(), Adafactor(relative=True), Lion(), Muon()])
 def test_everything_is_float32_whatever_the_parameters_are(optimizer):
     low = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)  # noqa: E731
     params, grads = low(PARAMS), low(GRADS[0])
@@ -192,7 +218,7 @@ def test_everything_is_float32_whatever_the_parameters_are(optimizer):
     assert {x.dtype for x in jax.tree.leaves(applied)} == {jnp.dtype("bfloat16")}
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(), Adafactor(smallest=4), Lion()])
+@pytest.mark.parametrize("optimizer", [AdamW(), Adafactor(smallest=4), Lion(), Muon()])
 def test_a_state_lives_where_its_parameters_do(optimizer):
     mesh = sharding.training_mesh(data=4, fsdp=2)
     whole = NamedSharding(mesh, PartitionSpec())
@@ -208,7 +234,7 @@ def test_a_state_lives_where_its_parameters_do(optimizer):
         like = [p for p in jax.tree.leaves(params) if p.shape == shape.shape and p.ndim > 1]
         assert leaf.sharding.is_equivalent_to(like[0].sharding if like else whole, leaf.ndim)
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
-    assert split == {"AdamW": 4, "Lion": 2, "Adafactor": 0}[type(optimizer).__name__]
+    assert split == {"AdamW": 4, "Lion": 2, "Muon": 2, "Adafactor": 0}[type(optimizer).__name__]
 
     # A step keeps it there, and computes what one device does.
     step = jax.jit(lambda *args: transform.update(*args)[0])
@@ -268,7 +294,7 @@ def test_every_field_is_a_flag_with_its_own_help(capsys):
         no_decay=("bias", "scale"),
         schedule="linear",
     )
-    for kind in (AdamW, Adafactor, Lion):
+    for kind in (AdamW, Adafactor, Lion, Muon):
         with pytest.raises(SystemExit):
             tyro.cli(kind, args=["--help"])
         said = capsys.readouterr().out
