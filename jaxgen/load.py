@@ -61,8 +61,8 @@ def load(
         variant: e.g. "fp16", to choose among the files of a folder.
         prediction: "epsilon", "v_prediction" or "sample", where it differs from what the files
             say, or a single file says nothing.
-        control: ControlNets, in the stead of those that the folder holds: folders, hub ids, single
-            files, or those of the embedded model, "edges" and "segmentation".
+        control: ControlNets, in the stead of those that the folder holds: folders, hub ids, or
+            single files.
         mesh: devices that hold the parameters; by default the first device alone. `sample` copies
             them to all its devices, unless they are there already.
         rules: (path pattern, PartitionSpec), for parameters that are to be split over the mesh;

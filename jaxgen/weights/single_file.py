@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxgen.types import UserError
 from jaxgen.weights.files import Tensor, Tensors
+from jaxgen.weights.single_scheduler import predicted, scheduler_config
 
 log = logging.getLogger(__name__)
 
@@ -143,11 +144,11 @@ def configs(
         raise UserError(f"{where} {error}") from None
 
     predicts_v = second and unet["in_channels"] == 4
-    prediction_type = prediction_type or _prediction_type(path, predicts_v, where)
+    prediction_type = prediction_type or predicted(path, predicts_v, where)
     large = second and prediction_type == "v_prediction"  # Stable Diffusion 2.1 at 768 pixels
     unet |= {"sample_size": 96 if large else 64, "upcast_attention": large}
     vae["sample_size"] = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    scheduler = _scheduler_config(prediction_type)
+    scheduler = scheduler_config(prediction_type)
     return {"unet": unet, "vae": vae, "text_encoder": text_encoder, "scheduler": scheduler}
 
 
@@ -329,37 +330,3 @@ def _text_config(part: Tensors, second: bool) -> Config:
         "bos_token_id": 49406,
         "eos_token_id": 49407,
     }
-
-
-def _scheduler_config(prediction_type: str) -> Config:
-    """As in the folders of 1.5 and 2.1; PNDM ignores `clip_sample`, which the others default to."""
-    return {
-        "_class_name": "DDIMScheduler" if prediction_type == "v_prediction" else "PNDMScheduler",
-        "num_train_timesteps": 1000,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-        "prediction_type": prediction_type,
-    }
-
-
-def _prediction_type(path: Path | None, predicts_v: bool, where: str) -> str:
-    """What the YAML beside the file says; without one, what most models of its kind predict."""
-    beside = path.with_suffix(".yaml") if path else None
-    if beside and beside.is_file():
-        with beside.open("rb") as file:
-            text = file.read(1 << 20).decode("utf-8", "replace")
-        says_v = re.search(r"""(?m)^\s*parameterization\s*:\s*["']?v["']?\s*(#|$)""", text)
-        return "v_prediction" if says_v else "epsilon"
-    if predicts_v:
-        log.warning(
-            "%s does not tell whether it predicts v (Stable Diffusion 2 at 768 pixels) or epsilon "
-            "(2-base, at 512); v is assumed; say epsilon (--prediction) for the other",
-            where,
-        )
-        return "v_prediction"
-    return "epsilon"
