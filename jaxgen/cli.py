@@ -14,10 +14,11 @@ from jaxgen.commands.data import Data
 from jaxgen.commands.evaluate import Evaluate
 from jaxgen.commands.models import Convert, Info
 from jaxgen.commands.sample import Sample
+from jaxgen.commands.seedselect import Seedselect
 from jaxgen.commands.train import Cache, Train
 from jaxgen.types import UserError
 
-Command = Sample | Train | Cache | Data | Evaluate | Info | Convert
+Command = Sample | Seedselect | Train | Cache | Data | Evaluate | Info | Convert
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ traced; shapes (so the number of chunks of text), the sampler and the set of bra
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -83,10 +83,10 @@ def run(
     batch = -(-min(batch, checked.total) // devices) * devices
     params = sharding.replicate(params, mesh)
     pictures = sharding.replicate(conditioning.encode_pictures(model, params, checked), mesh)
-    batches = list(_batches(checked, batch))
-    with tqdm(total=len(batches) * checked.calls, unit="step", disable=not progress) as bar:
-        for indices in batches:
-            full = _filled(indices, batch)
+    groups = list(batches(checked, batch))
+    with tqdm(total=len(groups) * checked.calls, unit="step", disable=not progress) as bar:
+        for indices in groups:
+            full = filled(indices, batch)
             latents = _denoise(model, params, checked, pictures, full, mesh, bar)
             yield from zip(indices, finish(model, params, latents, output), strict=False)
 
@@ -98,17 +98,17 @@ def mesh_for(checked: Plan) -> Mesh:
     )
 
 
-def _batches(checked: Plan, batch: int) -> Iterator[list[int]]:
-    """Image indices by batch; texts of one batch have one number of chunks."""
+def batches(checked: Plan, batch: int, wanted: Sequence[int] | None = None) -> Iterator[list[int]]:
+    """Image indices, all or those wanted, by batch; its texts have one number of chunks."""
     groups: dict[int, list[int]] = {}
-    for index in range(checked.total):
+    for index in range(checked.total) if wanted is None else wanted:
         chunks = checked.texts[index // checked.request.count][0].shape[1]
         groups.setdefault(chunks, []).append(index)
     for group in groups.values():
         yield from (group[i : i + batch] for i in range(0, len(group), batch))
 
 
-def _filled(indices: list[int], batch: int) -> list[int]:
+def filled(indices: list[int], batch: int) -> list[int]:
     """A full batch, so that the last one compiles nothing; what is repeated is dropped later."""
     return indices + indices[-1:] * (batch - len(indices))
 
@@ -132,7 +132,7 @@ def _denoise(
 ) -> Array:
     """One batch from noise to clean latents [B, h, w, C]."""
     request, start = checked.request, checked.start
-    noise, keys = _noise(checked, indices, mesh)
+    noise, keys = starting_noise(checked, indices, mesh)
     guidance, inputs = conditioning.condition(model, params, checked, pictures, indices, mesh)
     cache = prepare(params, inputs, network=model.network)
 
@@ -164,7 +164,7 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _noise(checked: Plan, indices: list[int], mesh: Mesh) -> tuple[Array, Array | None]:
+def starting_noise(checked: Plan, indices: list[int], mesh: Mesh) -> tuple[Array, Array | None]:
     """Standard normal noise [B, h, w, C], and the keys [B] of what the steps will draw."""
     request = checked.request
     number = np.array(indices, np.uint32) % np.uint32(request.count)

@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import re
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,43 @@ from jaxgen.types import Params, UserError
 GRID = 64  # pictures at most in grid.png
 
 
+def identity(model: Model, checked: Plan, dtype: str = "f32") -> dict[str, Any]:
+    """What decides a plan's pictures beside noise and prompts: what a seed is good for.
+
+    Hints count by their pixels, and the settings that are seldom used as one text.
+    """
+    request = checked.request
+    control = [
+        f"{zlib.crc32(hint.picture.tobytes()):08x}@{hint.scale:g}"
+        + f" from {hint.span[0]:g} to {hint.span[1]:g}" * (hint.span != (0.0, 1.0))
+        for hint in checked.hints
+    ]
+    whole, (low, high) = (0.0, 1.0), request.guidance_interval
+    interval = "" if (low, high) == whole else f"{low:g} to {high:g}"
+    further = {
+        "image_guidance": checked.image_guidance if checked.edits else 0.0,
+        "rescale": request.rescale,
+        "eta": request.eta,
+        "clip_skip": request.clip_skip,
+        "karras": checked.schedule.use_karras_sigmas,
+        "guess": request.guess,
+        "image": zlib.crc32(checked.image.tobytes()) if checked.image.size else 0,
+        "mask": zlib.crc32(checked.pixel_mask.tobytes()) if checked.mask.size else 0,
+        "start": checked.start,
+        "guidance_interval": interval,
+    }
+    return {
+        "sampler": checked.schedule.sampler,
+        "steps": request.steps,
+        "guidance": float(request.guidance),
+        "model": Path(model.name).name,
+        "negative": request.negative,
+        "dtype": dtype,
+        "control": "; ".join(control),
+        "further": ", ".join(f"{name} {value}" for name, value in further.items() if value),
+    }
+
+
 class Writer:
     """Writes the images of a plan as they are finished.
 
@@ -26,9 +65,16 @@ class Writer:
     `metadata.jsonl`, the list makes the folder a training folder.
     """
 
-    def __init__(self, folder: Path, model: Model, checked: Plan, dtype: str = "f32"):
-        """Makes the folder, or raises UserError if nothing can be written there."""
+    def __init__(
+        self, folder: Path, model: Model, checked: Plan, dtype: str = "f32", **further: Any
+    ):
+        """Makes the folder, or raises UserError if nothing can be written there.
+
+        `further` are more settings for the PNGs, as `images.parameters_text` takes them; those of
+        one picture alone may be added to `of_picture`, by its index, before it comes.
+        """
         self.folder, self.model, self.checked, self.dtype = folder, model, checked, dtype
+        self.further, self.of_picture = further, dict[int, dict[str, Any]]()
         self.list = folder / "samples.jsonl"
         try:
             self.made = not folder.exists()
@@ -46,9 +92,13 @@ class Writer:
 
     def write_all(self, params: Params) -> None:
         """Samples and writes everything, with a progress bar."""
+        self.write(generate.run(self.model, params, self.checked, progress=True))
+
+    def write(self, pictures: Iterable[tuple[int, np.ndarray]]) -> None:
+        """Writes (index, uint8 [H, W, 3]) as they come; the grid in the end, come what may."""
         shown: dict[int, np.ndarray] = {}
         try:
-            for index, image in generate.run(self.model, params, self.checked, progress=True):
+            for index, image in pictures:
                 self._write(index, image)
                 if index < GRID:
                     shown[index] = image
@@ -63,7 +113,8 @@ class Writer:
                 os.close(self.lock)
 
     def _write(self, index: int, image: np.ndarray) -> None:
-        settings = self._settings(index)
+        more = self.of_picture.get(index, {})
+        settings = self._settings(index) | more
         name = f"{self.first + index:05}.png"
         text = images.parameters_text(
             settings["text"],
@@ -76,7 +127,7 @@ class Writer:
             Path(self.model.name).name,
             karras=self.checked.schedule.use_karras_sigmas,
             index=settings["index"],
-            **self._further(),
+            **self._further() | more,
         )
         images.save_png(self.folder / name, image, text)
         # After the picture, on one line: who reads the list finds every file it names.
@@ -105,7 +156,7 @@ class Writer:
             further["guidance_interval"] = "{:g} to {:g}".format(*request.guidance_interval)
         if checked.image.size and not checked.edits:
             further["denoising_strength"] = 0.8 if request.strength is None else request.strength
-        return further
+        return further | self.further
 
     def _settings(self, index: int) -> dict[str, Any]:
         request = self.checked.request

@@ -17,6 +17,8 @@ class Data:
 
     jaxgen train configs/mini.py --data.source scenes
 
+    jaxgen data emoji_scenes --subject owl --count 5 --out owls     # for jaxgen seedselect
+
     Beside the pictures and metadata.jsonl, with captions, boxes and their phrases, it holds PNG
     files of masks, segmentations, edges and line art. `--data.source emoji_scenes` or
     `emoji_scenes:test` trains on the same scenes without writing any.
@@ -32,17 +34,25 @@ class Data:
     """Scenes to write: the first of the split."""
     seed: int = 0
     """Another one gives other scenes."""
+    subject: str | None = None
+    """Views of this subject alone, in any style, size and turn, instead of scenes."""
 
     def run(self) -> None:
         """All of it or nothing."""
         from jaxgen.data.emoji_scenes import scenes as emoji_scenes
+        from jaxgen.data.emoji_scenes.views import SubjectViews
+        from jaxgen.data.examples import Source
         from jaxgen.data.export import export
 
         if self.name != emoji_scenes.NAME:
             raise UserError(f"no data {self.name[:80]!r}; there is {emoji_scenes.NAME}")
         check_new(self.out)
         ref = f"{self.name}:{self.split}"
-        source = emoji_scenes.EmojiScenes(ref, columns=emoji_scenes.PICTURES, seed=self.seed)
+        if self.subject is not None:
+            source: Source = SubjectViews(self.subject, self.seed)
+        else:
+            source = emoji_scenes.EmojiScenes(ref, columns=emoji_scenes.PICTURES, seed=self.seed)
         export(source, self.out, self.count)
-        made = "1 scene is" if self.count == 1 else f"{self.count} scenes are"
+        what = "scene" if self.subject is None else "view"
+        made = f"1 {what} is" if self.count == 1 else f"{self.count} {what}s are"
         print(f"{made} in {self.out}; to train on them: --data.source {self.out}")

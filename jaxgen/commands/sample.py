@@ -13,7 +13,7 @@ from jaxgen.data import images, latents
 from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model
 from jaxgen.load import DTYPES, open_model, read_params
-from jaxgen.output import Writer
+from jaxgen.output import Writer, identity
 from jaxgen.types import UserError
 
 Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -48,7 +48,7 @@ class Sample:
     steps: int = 30
     """Steps of a full run; up to 1000 without a new compilation."""
     sampler: str | None = None
-    """ddim, ddpm, euler, euler_a, dpmpp, pndm or lcm; by default the model's own."""
+    """ddim, ddpm, euler, euler_a, dpmpp, pndm, lcm or edict; by default the model's own."""
     guidance: float = 7.5
     """Scale of classifier-free guidance; 1 or less turns it off."""
     image_guidance: float | None = None
@@ -111,6 +111,9 @@ class Sample:
             model, tensors = open_model(self.model, prediction=self.prediction, control=refs)
             self._refuse_branches(model)
             checked = request.plan(model, self._request(model, [hint for _, hint in wanted]))
+            if self.latents:
+                _, found = latents.read_latents(self.latents)
+                latents.check_settings(self.latents, found, identity(model, checked, self.dtype))
             writer = Writer(self.out, model, checked, self.dtype)
         params = read_params(tensors, self.dtype, sharding.by_rules(generate.mesh_for(checked)))
         writer.write_all(params)
@@ -127,12 +130,7 @@ class Sample:
 
     def _request(self, model: Model, hints: list[Hint]) -> request.Request:
         prompts = [*self.prompt, *(terminal.read_lines(self.prompts) if self.prompts else ())]
-        noise = None
-        if self.latents:
-            noise, found = latents.read_latents(self.latents)
-            sampler = request.read_schedule(model, self.sampler, self.karras).sampler
-            here = {"sampler": sampler, "steps": self.steps, "guidance": self.guidance}
-            latents.check_settings(self.latents, found, here | {"model": Path(model.name).name})
+        noise = latents.read_latents(self.latents)[0] if self.latents else None
         return request.Request(
             prompts=prompts,
             negative=self.negative,

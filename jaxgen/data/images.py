@@ -7,6 +7,7 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ SAMPLERS = {
     "dpmpp": "DPM++ 2M",
     "pndm": "PLMS",
     "lcm": "LCM",
+    "edict": "EDICT",
 }
 
 logger = logging.getLogger(__name__)
@@ -206,17 +208,25 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n\"]", value) else value
 
 
+def rows(pictures: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Rows of pictures of one size, uint8 [H, W, 3], perhaps of different lengths -> one sheet.
+
+    Ends of rows are white; between pictures are `GAP` white pixels.
+    """
+    height, width, _ = pictures[0][0].shape
+    down, across = height + GAP, width + GAP
+    longest = max(map(len, pictures))
+    sheet = np.full((len(pictures) * down - GAP, longest * across - GAP, 3), 255, np.uint8)
+    for y, row in enumerate(pictures):
+        for x, picture in enumerate(row):
+            sheet[y * down : y * down + height, x * across : x * across + width] = picture
+    return sheet
+
+
 def grid(images: np.ndarray) -> np.ndarray:
     """uint8 [N, H, W, 3], N >= 1 -> one near-square contact sheet, uint8 [H', W', 3].
 
     Row by row, from the top left, with `GAP` white pixels in between; places left over are white.
     """
-    n, height, width, _ = images.shape
-    columns = math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    down, across = height + GAP, width + GAP
-    sheet = np.full((rows * down - GAP, columns * across - GAP, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = i // columns * down, i % columns * across
-        sheet[y : y + height, x : x + width] = image
-    return sheet
+    columns = math.ceil(math.sqrt(len(images)))
+    return rows([list(images[i : i + columns]) for i in range(0, len(images), columns)])

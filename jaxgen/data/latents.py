@@ -11,7 +11,8 @@ import numpy as np
 from jaxgen.types import UserError
 
 MAX_BYTES = 1 << 30
-SETTINGS = ("sampler", "steps", "guidance", "model")  # what a seed was found under
+TEXTS = ("sampler", "model", "negative", "dtype", "control", "further")
+SETTINGS = (*TEXTS, "steps", "guidance")  # what a seed was found under
 
 
 def read_latents(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
@@ -38,8 +39,8 @@ def read_latents(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
                 raise UserError(f"{path} holds no array named noise; is it a seed.npz?")
             settings = {k: held[k].item() for k in SETTINGS if k in held}
             texts = [k for k in settings if isinstance(settings[k], str)]
-            if set(texts) != {"sampler", "model"} & set(settings):
-                raise UserError(f"{path}: its sampler and model should be texts, the rest numbers")
+            if set(texts) != set(TEXTS) & set(settings):
+                raise UserError(f"{path}: its steps and guidance are numbers, the rest texts")
             return held["noise"], settings
     except UserError:
         raise
@@ -54,7 +55,7 @@ def check_settings(path: Path, found: Mapping[str, Any], settings: Mapping[str, 
     """A seed shows what it was found for under its own settings alone; UserError names the rest."""
     found = {k: Path(v).name if k == "model" else v for k, v in found.items()}
     wrong = [
-        f"{name} {found[name]} (here {settings[name]})"
+        f"{name} {found[name] or 'none'} (here {settings[name] or 'none'})"
         for name in SETTINGS
         if name in found and not _same(found[name], settings[name])
     ]

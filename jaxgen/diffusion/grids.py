@@ -61,7 +61,7 @@ def grid(schedule: Schedule, steps: int, start: int = 0, eta: float = 0.0) -> Gr
             "with rescale_betas_zero_snr has none; use a model with v_prediction"
         )
     scale = (signal**2 + noise**2) ** -0.5 if variance_exploding else np.ones(length)
-    clean, eps = _conversion(schedule.prediction_type, signal, noise, scale)
+    clean, eps = conversion(schedule.prediction_type, signal, noise, scale)
     bound = schedule.clip_sample_range if schedule.clip_sample else np.inf
     run = np.arange(length) - start
     fields: dict[str, Any] = {
@@ -121,7 +121,7 @@ def _cast(field: np.ndarray) -> np.ndarray:
     return field.astype(np.int32 if field.dtype.kind == "i" else np.float32)
 
 
-def _conversion(
+def conversion(
     prediction_type: str, signal: np.ndarray, noise: np.ndarray, scale: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The coefficients of `Point.split`, two of [length, 2]: clean and eps from x and prediction.
@@ -193,6 +193,15 @@ def _ddim_rows(schedule: Schedule, steps: int, start: int, eta: float) -> _Rows:
     after = _power(schedule, alphas, times - schedule.num_train_timesteps // steps)
     fresh = eta * _posterior_std(here, after)
     return _Rows(times, _amplitudes(here), _amplitudes(after), fresh)
+
+
+def _edict_rows(schedule: Schedule, steps: int, start: int, eta: float) -> _Rows:
+    """DDIM's points, and its step as x' = here * x + there * eps."""
+    rows = _ddim_rows(schedule, steps, start, 0.0)
+    if not rows.here[0].all():
+        raise UserError("EDICT divides by the signal, and this schedule begins with none; use ddim")
+    here = rows.next[0] / rows.here[0]
+    return rows._replace(weights=(here, rows.next[1] - here * rows.here[1]))
 
 
 def _ddpm_rows(schedule: Schedule, steps: int, start: int, eta: float) -> _Rows:
@@ -319,4 +328,5 @@ _ROWS = {
     "dpmpp": _dpmpp_rows,
     "pndm": _pndm_rows,
     "lcm": _lcm_rows,
+    "edict": _edict_rows,
 }

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from jaxgen.types import Array, Denoiser, Point, at_least_float32
 
+EDICT_MIX = 0.93  # p of the paper: each latent's own share where the two are mixed
+
 
 class State(NamedTuple):
     """What a sampler carries from step to step, in float32 or better."""
@@ -105,6 +107,21 @@ def lcm(denoise: Denoiser, state: State, point: Point, keys: Array | None) -> St
     return State(x + fresh_noise(x, point, keys), ())
 
 
+def edict(denoise: Denoiser, state: State, point: Point, keys: Array | None) -> State:
+    """One step of EDICT (Wallace et al. 2023, eq. 14), which `diffusion/edict.py` can undo.
+
+    DDIM of two latents, each by the other's eps; remembers the second. They change places at each
+    step, so that neither always goes first (their section 4.3).
+    """
+    _, here, there = point.weights
+    x, (y,) = state
+    x = here * x + there * predict(denoise, y, point)[1]
+    y = here * y + there * predict(denoise, x, point)[1]
+    x = EDICT_MIX * x + (1 - EDICT_MIX) * y
+    y = EDICT_MIX * y + (1 - EDICT_MIX) * x
+    return State(y, (x,))
+
+
 def _zeros(count: int) -> Callable[[Array], tuple[Array, ...]]:
     return lambda x: tuple(jnp.zeros_like(at_least_float32(x)) for _ in range(count))
 
@@ -125,6 +142,7 @@ SAMPLERS = {
     "dpmpp": Sampler(dpmpp, _zeros(1), stochastic=False),
     "pndm": Sampler(pndm, _zeros(4), stochastic=False),
     "lcm": Sampler(lcm, _zeros(0), stochastic=True),
+    "edict": Sampler(edict, lambda x: (at_least_float32(x),), stochastic=False),
 }
 
 
@@ -167,12 +185,25 @@ def unroll(
     after: After | None = None,
 ) -> State:
     """Every row of the grid, differentiable in the memory of one step; arguments as in `walk`."""
+    return trail(step, denoise, state, points, keys, after)[0]
+
+
+def trail(
+    step: Step,
+    denoise: Denoiser,
+    state: State,
+    points: Point,
+    keys: Array | None,
+    after: After | None = None,
+) -> tuple[State, Array]:
+    """As `unroll`; and x after each row, [S, B, ...]."""
 
     @jax.checkpoint
     def body(state, point):
-        return _once(step, denoise, state, point, keys, after), None
+        state = _once(step, denoise, state, point, keys, after)
+        return state, state.x
 
-    return jax.lax.scan(body, jax.tree.map(at_least_float32, state), points)[0]
+    return jax.lax.scan(body, jax.tree.map(at_least_float32, state), points)
 
 
 def _once(step, denoise, state, point, keys, after) -> State:

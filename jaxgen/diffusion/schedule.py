@@ -109,6 +109,7 @@ KINDS = {
         _THRESHOLD,
     ),
 }
+KINDS["edict"] = KINDS["ddim"]  # the same points; no class of diffusers has its step
 _KNOWN = {key for kind in KINDS.values() for key in (*kind.fields, *kind.fixed)}
 _CHOICES = {
     "sampler": tuple(KINDS),

@@ -20,12 +20,17 @@ from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.load import read_params
 from jaxgen.models.clip import FIXED, TextConfig, TextEncoder, VisionConfig, VisionEncoder
 from jaxgen.models.layers import linear
+from jaxgen.parts import Part, checked
 from jaxgen.tasks.base import tokens_of
 from jaxgen.tasks.contrastive import pixels_of
 from jaxgen.types import Array, Params, UserError, full_precision
 from jaxgen.weights import files, rename
 
 BATCH = 64  # pictures or texts at a time
+SEEING = ("vision_model", "visual_projection")  # the image encoder's share of the parameters
+VISION = Part(
+    "image_encoder", "model", "transformers", "CLIPVisionModelWithProjection", VisionEncoder.read
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,24 @@ def open_clip(folder: str | Path) -> Clip:
             f"places, its text encoder {known} and {places}"
         )
     return Clip(text, vision, read_params({"clip": tensors})["clip"], tokenizer)
+
+
+def open_vision(folder: str | Path) -> tuple[VisionEncoder, Params]:
+    """The image encoder of a CLIP folder, or of a folder that holds it alone; float32.
+
+    Such are `image_encoder/` of diffusers, and what CLIPVisionModelWithProjection saves.
+
+    Raises:
+        UserError: one line that names what is missing, damaged or not supported.
+    """
+    folder, where = Path(folder), Path(folder) / "config.json"
+    if where.is_file() and config.read_json(where).get("model_type") == "clip_vision_model":
+        vision, released = VISION.open(folder)
+        held = {k: t for k, t in released.items() if not k.endswith("position_ids")}
+        tensors = {"clip": checked(vision, held, str(folder))}
+        return vision, read_params(tensors)["clip"]
+    clip = open_clip(folder)
+    return clip.vision, {name: clip.params[name] for name in SEEING}
 
 
 def _shapes(flat: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -149,8 +172,7 @@ def _in_batches(embed: Any, rows: Sequence[np.ndarray]) -> np.ndarray:
 @partial(jax.jit, static_argnames="vision")
 @full_precision
 def _see(params: Params, images: Array, *, vision: VisionEncoder) -> Array:
-    names = ("vision_model", "visual_projection")
-    return _unit(vision.apply({name: params[name] for name in names}, pixels_of(images))[1])
+    return _unit(vision.apply({name: params[name] for name in SEEING}, pixels_of(images))[1])
 
 
 @partial(jax.jit, static_argnames="text")

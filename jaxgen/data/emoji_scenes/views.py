@@ -8,9 +8,11 @@ from PIL import Image
 from jaxgen.data.emoji_scenes import artwork, backgrounds, captions, drawing
 from jaxgen.data.emoji_scenes.backgrounds import SIDE
 from jaxgen.data.emoji_scenes.scenes import alike
+from jaxgen.data.examples import Example, Source
 from jaxgen.types import UserError
 
 TURN = 25.0  # degrees at most
+MOST = 1000  # views of a subject, as a source
 STREAM = 1 << 62  # no scene draws from a stream with this bit
 
 
@@ -40,23 +42,55 @@ def views(subject: int | str, key: int, count: int) -> Views:
         raise UserError(
             f"no subject {number} in emoji_scenes; they are 0 to {len(art.subjects) - 1}"
         )
-    images, masks, words = [], [], []
-    for k in range(count):
-        rng = np.random.Generator(np.random.Philox(key=[key, STREAM | number << 40 | k]))
-        style = artwork.VIEW_STYLES[rng.integers(len(artwork.VIEW_STYLES))]
-        colour = backgrounds.pick_colour(alike(number, style), rng)
-        sprite = _turned(art.cell(number, style), rng)
+    found = [_view(number, key, k) for k in range(count)]
+    images, masks, words = zip(*found, strict=True)
+    return Views(np.stack(images), np.stack(masks), list(words))
 
-        image, mask = backgrounds.paint(colour, "plain", rng), np.zeros((SIDE, SIDE), bool)
-        h, w = sprite.shape[:2]
-        y, x = rng.integers(0, (SIDE - h + 1, SIDE - w + 1))
-        window = slice(y, y + h), slice(x, x + w)
-        mask[window] = drawing.composite(image[window], sprite)
-        images.append(image)
-        masks.append(mask)
-        where = captions.background(colour)
-        words.append(f"{captions.noun(art.subjects[number])}, {style} style, on {where}")
-    return Views(np.stack(images), np.stack(masks), words)
+
+def _view(number: int, key: int, k: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """View k of a subject: the picture, where the subject is, and the caption."""
+    art = artwork.load()
+    rng = np.random.Generator(np.random.Philox(key=[key, STREAM | number << 40 | k]))
+    style = artwork.VIEW_STYLES[rng.integers(len(artwork.VIEW_STYLES))]
+    colour = backgrounds.pick_colour(alike(number, style), rng)
+    sprite = _turned(art.cell(number, style), rng)
+
+    image, mask = backgrounds.paint(colour, "plain", rng), np.zeros((SIDE, SIDE), bool)
+    h, w = sprite.shape[:2]
+    y, x = rng.integers(0, (SIDE - h + 1, SIDE - w + 1))
+    window = slice(y, y + h), slice(x, x + w)
+    mask[window] = drawing.composite(image[window], sprite)
+    where = captions.background(colour)
+    return image, mask, f"{captions.noun(art.subjects[number])}, {style} style, on {where}"
+
+
+class SubjectViews(Source):
+    """Views of one subject as a source of data: `image`, `caption`, and the subject's `mask`.
+
+    Args:
+        name: of the subject.
+        seed: another one gives other views.
+
+    Raises:
+        UserError: for a subject that there is not.
+    """
+
+    def __init__(self, name: str, seed: int = 0):
+        self.number, self.seed = artwork.load().number(name), seed
+        self.ref = f"views of {name}"
+
+    def __len__(self) -> int:
+        return MOST
+
+    def read(self, i: int, least: int | None = None) -> Example:
+        image, mask, caption = _view(self.number, self.seed, i)
+        return {"image": image, "mask": mask, "caption": caption}
+
+    def size(self, i: int) -> tuple[int, int]:
+        return SIDE, SIDE
+
+    def name(self, i: int) -> str:
+        return f"{self.ref}[{i}]"
 
 
 def _turned(art: Image.Image, rng: np.random.Generator) -> np.ndarray:

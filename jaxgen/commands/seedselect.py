@@ -1,0 +1,290 @@
+"""`jaxgen seedselect`: pictures of a rare thing, from a few references and no training."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from tyro.conf import Positional
+
+from jaxgen import generate, request, sharding, terminal
+from jaxgen.commands import controls
+from jaxgen.data import images
+from jaxgen.data.hints import Hint
+from jaxgen.denoiser import Model
+from jaxgen.load import DTYPES, open_model, read_params
+from jaxgen.output import Writer, identity
+from jaxgen.types import UserError
+
+Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+TEMPLATE = "a photo of a {}"
+AGAIN = 5  # iterations of a seed that starts from one found before
+STRIPS = 16  # rows of strip.png at most
+
+
+@dataclass(frozen=True)
+class Seedselect:
+    """Find the noise from which the model shows a rare thing, given 3 to 5 pictures of it.
+
+    Nothing is trained: the noise is improved by the gradient through the whole sampler until its
+    picture resembles the references in meaning (by a CLIP) and in appearance (by the autoencoder).
+
+    jaxgen data emoji_scenes --subject hedgehog --count 5 --out hedgehogs    # rare to that model
+
+    jaxgen seedselect "a hedgehog" --images hedgehogs --steps 10 --guidance 4
+
+    jaxgen sample "a hedgehog" --latents seedselect/seed.npz --sampler ddim --steps 10 --guidance 4
+
+    jaxgen seedselect "a {}" --images FOLDER_WITH_A_FOLDER_FOR_EACH_CLASS --count 20
+
+    Writes 00000.png ..., grid.png and samples.jsonl as `jaxgen sample` does; strip.png, each
+    picture as it improves; seed.npz, the noise of these pictures; and to seeds/ each for itself.
+    Where the folder of references holds a folder for each class, so does the output, as a training
+    folder with metadata.jsonl: the references and as many new pictures as bring every class to
+    --count; stopped, it goes on by the same command.
+    """
+
+    prompt: Annotated[Positional[str | None], tyro.conf.arg(metavar="[PROMPT]")] = None
+    """What to show; where there are classes, a template: {} is the name of the class's folder."""
+    images: Path | None = None
+    """A folder of pictures of the thing, or one with a folder for each class."""
+    model: str | None = None
+    """A folder in the diffusers layout, a hub id, or a single safetensors file; by default the
+    embedded model."""
+    judge: Path | None = None
+    """A folder of a CLIP, or of its image encoder; by default the model's own."""
+    count: int = 1
+    """Pictures to find; where there are classes, pictures of each in the end, references too."""
+    iterations: int | None = None
+    """Pictures looked at for each seed; 30 by default, 5 with --start nao or from seeds."""
+    weight: float = 10 / 11
+    """What the meaning counts, 0 to 1; the appearance counts the rest."""
+    start: str = "gaussian"
+    """Where seeds start: gaussian, noise; nao, between the noises that the references invert to; a
+    file of seeds, to go on from; or a folder of them (OUT/seeds), near which the new ones begin."""
+    distance: Literal["cosine", "euclidean"] = "cosine"
+    """cosine, as in the released code, or euclidean, as in the paper."""
+    contrast: float = 0.0
+    """Where there are classes: weight of telling each from the others."""
+    prior: float = 0.0
+    """Weight of the likelihood of the noise's norm, which keeps it like noise."""
+    subset: int = 0
+    """References of which each picture is to be like, drawn for it; 0 is all."""
+    rate: float | None = None
+    """Learning rate; 0.1 by default, 0.05 with --start nao; from iteration 3 on a tenth."""
+    patience: int = 10
+    """Iterations in a row after which a seed is left alone, unless they gained a thousandth."""
+    target: float | None = None
+    """Loss at which a seed is good enough."""
+    truncate: int = 0
+    """Steps that the gradient passes through, the last ones; 0 is all."""
+    remat: bool = False
+    """Compute the inside of blocks again for the gradient: less memory, a third more work."""
+    negative: str = ""
+    """What to lead away from."""
+    steps: int = 20
+    """Steps of the sampler."""
+    sampler: str = "ddim"
+    """ddim, dpmpp, euler, pndm; or edict, exact both ways: memory does not grow with the steps, and
+    the work doubles."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance; 7.5 by default, 1 (none) with --start nao."""
+    seed: int = 0
+    """Where picture i starts depends on (seed, i)."""
+    batch: int | None = None
+    """Seeds at once over all devices; by default one for each."""
+    size: str | None = None
+    """WIDTHxHEIGHT in pixels; by default the model's own."""
+    control: Repeated = ()
+    """A ControlNet and its hint, as of `jaxgen sample`."""
+    control_range: Repeated = ()
+    """Part of the run in which ControlNets act, as fractions: from,to."""
+    dtype: str = "f32"
+    """f32, or bf16 for accelerators."""
+    out: Path = Path("seedselect")
+    """Folder for the pictures and seeds; a folder in use is added to."""
+
+    def run(self) -> None:
+        """Checks everything, then compiles, then searches."""
+        if self.images is None:
+            raise UserError("--images is missing: a folder with a few pictures of the thing")
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
+        terminal.use_compile_cache()
+        with terminal.notices_after():
+            work = self._prepared()
+        work()
+
+    def _prepared(self) -> Callable[[], None]:
+        """The search, with all checked that can be before anything compiles."""
+        from jaxgen import seedselect
+        from jaxgen.seedselect import references
+
+        assert self.images is not None  # checked
+        how = self._search()
+        classes = references.find_classes(self.images)
+        inside, out = self.images.resolve(), self.out.resolve()
+        if out == inside or inside in out.parents:
+            raise UserError(
+                f"--out {self.out} is in {self.images}, and would be taken for references"
+            )
+        wanted = controls.parse(self.control, self.control_range)
+        refs = [ref for ref, _ in wanted] or None
+        model, tensors = open_model(self.model, control=refs)
+        hints = [hint for _, hint in wanted]
+        judge = seedselect.open_judge(self.judge, self.model)
+        if classes is not None:
+            return self._many(model, tensors, hints, judge, how, classes)
+        return self._single(model, tensors, hints, judge, how, references.find(self.images))
+
+    def _search(self) -> Any:
+        from jaxgen.seedselect import Search
+
+        nao = self.start == "nao"
+        quick = self.start != "gaussian"
+        return Search(
+            iterations=(AGAIN if quick else 30) if self.iterations is None else self.iterations,
+            weight=self.weight,
+            distance=self.distance,
+            contrast=self.contrast,
+            prior=self.prior,
+            learning_rate=(0.05 if nao else 0.1) if self.rate is None else self.rate,
+            patience=self.patience,
+            target=self.target,
+            subset=self.subset,
+            truncate=self.truncate,
+            remat=self.remat,
+        )
+
+    def _request(self, prompts: list[str], count: int, hints: list[Hint]) -> request.Request:
+        guidance = 1.0 if self.start == "nao" else 7.5
+        return request.Request(
+            prompts=prompts,
+            negative=self.negative,
+            steps=self.steps,
+            sampler=self.sampler,
+            guidance=guidance if self.guidance is None else self.guidance,
+            seed=self.seed,
+            count=count,
+            batch=self.batch,
+            size=terminal.read_size(self.size),
+            control=hints,
+        )
+
+    def _single(
+        self,
+        model: Model,
+        tensors: Any,
+        hints: list[Hint],
+        judge: Any,
+        how: Any,
+        paths: list[Path],
+    ) -> Callable[[], None]:
+        """One class: pictures and seeds in one folder."""
+        from jaxgen.seedselect import references, selection
+
+        if self.prompt is None:
+            raise UserError("no prompt is given; an empty one is written ''")
+        if "{}" in self.prompt:
+            raise UserError(f"{{}} is the name of a class, and {self.images} holds no classes")
+        checked = request.plan(model, self._request([self.prompt], self.count, hints))
+        pictures = references.read(paths, checked.size)
+        start = self._start(model, checked)
+        selection.check(checked, [pictures], how, judge, None, start)
+        writer = Writer(self.out, model, checked, self.dtype)
+
+        def work() -> None:
+            where = sharding.by_rules(generate.mesh_for(checked))
+            params = read_params(tensors, self.dtype, where)
+            found = selection.select(
+                model, params, checked, [pictures], how,
+                judge=judge, start=start, progress=True, frames=True,
+            )  # fmt: skip
+            writer.write(self._kept(found, writer, checked, model))
+            made = "1 picture is" if writer.count == 1 else f"{writer.count} pictures are"
+            print(f"{made} in {self.out}; see {self.out / 'strip.png'}, each as it improved")
+
+        return work
+
+    def _kept(
+        self, found: Iterator[Any], writer: Writer, checked: request.Plan, model: Model
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """What was found, on its way to the pictures; seeds and strips are written beside them."""
+        from jaxgen.seedselect import seeds
+
+        settings = {**identity(model, checked, self.dtype), "prompt": checked.request.prompts[0]}
+        noises: dict[int, np.ndarray] = {}
+        strips: dict[int, list[np.ndarray]] = {}
+        try:
+            for one in found:
+                name = f"seeds/{writer.first + one.index:05}.npz"
+                (self.out / "seeds").mkdir(exist_ok=True)
+                seeds.write(self.out / name, one.seed[None], {**settings, "loss": one.loss})
+                noises[one.index] = one.seed
+                if len(strips) < STRIPS:
+                    strips[one.index] = one.frames
+                writer.of_picture[one.index] = {"latents": name, "loss": round(one.loss, 6)}
+                yield one.index, one.image
+        finally:
+            if noises:
+                ordered = np.stack([noises[i] for i in sorted(noises)])
+                seeds.write(self.out / "seed.npz", ordered, settings)
+                strip = images.rows([strips[i] for i in sorted(strips)])
+                images.save_png(self.out / "strip.png", strip, "each row a seed, as it improves")
+
+    def _start(self, model: Model, checked: request.Plan) -> Any:
+        """gaussian and nao by name; seeds of a file as they are; near those of a folder."""
+        from jaxgen.seedselect import seeds, starts
+
+        if self.start in ("gaussian", "nao"):
+            return self.start
+        path = Path(self.start)
+        if not path.exists():
+            raise UserError(f"--start {self.start} is neither gaussian, nao, nor a file or folder")
+        known = seeds.read(path, checked.latent_shape, identity(model, checked, self.dtype))
+        if path.is_dir():
+            return lambda index: starts.spread(known, self.seed, index)
+        return known
+
+    def _many(
+        self,
+        model: Model,
+        tensors: Any,
+        hints: list[Hint],
+        judge: Any,
+        how: Any,
+        classes: dict[str, list[Path]],
+    ) -> Callable[[], None]:
+        """A folder of classes: a training folder of their references and new pictures."""
+        from jaxgen.seedselect import fewshot, references, selection
+
+        template = TEMPLATE if self.prompt is None else self.prompt
+        prompts = fewshot.prompts(template, classes)
+        most = max(0, *(self.count - len(paths) for paths in classes.values()))
+        if not most:
+            raise UserError(
+                f"every class has --count {self.count} references already; ask for more"
+            )
+        if self.start not in ("gaussian", "nao"):
+            raise UserError(
+                "--start is gaussian or nao for classes; each goes on from its own seeds"
+            )
+        checked = request.plan(model, self._request(prompts, most, hints))
+        pictures = {name: references.read(paths, checked.size) for name, paths in classes.items()}
+        selection.check(checked, list(pictures.values()), how, judge, None, self.start)
+        made_with = {"start": self.start, "judge": str(self.judge)}
+        dataset = fewshot.Dataset(
+            self.out, model, checked, pictures, how, self.count, self.dtype, **made_with
+        )
+        again = dataclasses.replace(how, iterations=min(AGAIN, how.iterations))
+
+        def work() -> None:
+            where = sharding.by_rules(generate.mesh_for(checked))
+            params = read_params(tensors, self.dtype, where)
+            dataset.fill(params, again, judge, self.start)
+            print(f"{dataset.count} pictures of {len(classes)} classes are in {self.out}")
+
+        return work

@@ -1,0 +1,110 @@
+"""Where seeds start from: noise, what the references invert to, or seeds that were found before."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxgen import conditioning, denoiser, generate, sharding
+from jaxgen.data.hints import Hint
+from jaxgen.denoiser import Model, Network
+from jaxgen.diffusion import inversion, shell
+from jaxgen.request import Plan, plan
+from jaxgen.types import Array, Cache, Params, Point
+
+SPREAD, NORM_AWARE = 2, 3  # tell what is drawn here from what else a seed draws
+STEPS = 50  # of the inversion, as in the released code of NAO
+
+
+def inverted(
+    model: Model, params: Params, checked: Plan, prompt: int, latents: Array, mesh: Mesh
+) -> np.ndarray:
+    """The noise [K, h, w, C] that DDIM, unguided, leads to the latents of a class's references.
+
+    Args:
+        prompt: index of the class's prompt in the plan.
+        latents: [K, h, w, C]; as many at once as the mesh has devices.
+    """
+    request = checked.request
+    hints = [_of_prompt(hint, prompt) for hint in checked.hints]
+    asked = dataclasses.replace(
+        request, prompts=[request.prompts[prompt]], sampler="ddim", steps=STEPS, guidance=1.0,
+        eta=0.0, karras=False, count=1, control=hints, latents=None,
+    )  # fmt: skip
+    alone, size = plan(model, asked), mesh.size
+    pictures = sharding.replicate(conditioning.encode_pictures(model, params, alone), mesh)
+    _, inputs = conditioning.condition(model, params, alone, pictures, [0] * size, mesh)
+    cache = generate.prepare(params, inputs, network=model.network)
+    points = sharding.replicate(inversion.backwards(alone.schedule, STEPS).points, mesh)
+    rows = np.asarray(latents)
+    found = []
+    for first in range(0, len(rows), size):
+        batch = np.resize(rows[first : first + size], (size, *rows.shape[1:]))  # the last repeats
+        batch = sharding.split_batch(batch, mesh)
+        found.append(np.asarray(_invert(params, cache, batch, points, network=model.network)))
+    return np.concatenate(found)[: len(rows)]
+
+
+def _of_prompt(hint: Hint, prompt: int) -> Hint:
+    """A hint of many prompts -> that of one."""
+    if hint.picture.ndim == 3:
+        return hint
+    return dataclasses.replace(hint, picture=hint.picture[prompt])
+
+
+@partial(jax.jit, static_argnames="network")
+def _invert(
+    params: Params, cache: Cache, latents: Array, points: Point, *, network: Network
+) -> Array:
+    return inversion.invert(denoiser.bind(network, params, cache), latents, points)[0]
+
+
+@jax.jit
+def _ways(seeds: Array, key: Array) -> tuple[Array, Array]:
+    return shell.centroid(seeds, key)
+
+
+def norm_aware(seeds: np.ndarray, seed: int) -> Callable[[int], np.ndarray]:
+    """Starts [h, w, C] on the ways between the centroid of inverted references and each of them.
+
+    Image 0 starts at the centroid itself; the others where (seed, number) alone says.
+
+    Args:
+        seeds: [K, h, w, C] what the references invert to.
+        seed: of the images.
+
+    Returns:
+        A function of an image's number.
+    """
+    if len(seeds) == 1:
+        return lambda number: spread(seeds, seed, number) if number else seeds[0]
+    middle, ways = map(np.asarray, _ways(seeds.reshape(len(seeds), -1), jax.random.key(seed)))
+
+    def start(number: int) -> np.ndarray:
+        draw = np.random.default_rng([seed, number, NORM_AWARE])
+        way, place = ways[draw.integers(len(ways))], draw.uniform(0, len(ways[0]) - 1)
+        low = min(int(place), len(way) - 2)
+        point = way[low] + (place - low) * (way[low + 1] - way[low])
+        return (point if number else middle).reshape(seeds.shape[1:]).astype(np.float32)
+
+    return start
+
+
+def spread(seeds: np.ndarray, seed: int, number: int, share: float = 0.3) -> np.ndarray:
+    """A start [h, w, C] near seeds that were found before [M, h, w, C].
+
+    A point of the great circle between two of them, or the only one, turned a little towards new
+    noise: by the angle whose sine is `share`, so that the norm stays. (seed, number) alone decide.
+    """
+    draw = np.random.default_rng([seed, number, SPREAD])
+    first = seeds[draw.integers(len(seeds))]
+    if len(seeds) > 1:
+        other = seeds[draw.integers(len(seeds))]
+        first = np.asarray(shell.between(first, other, draw.uniform(0, 0.5)))
+    noise = draw.standard_normal(first.shape).astype(np.float32)
+    noise *= np.linalg.norm(first) / np.linalg.norm(noise)
+    turned = np.sqrt(1 - share**2) * first + share * noise
+    return (turned * (np.linalg.norm(first) / np.linalg.norm(turned))).astype(np.float32)

@@ -1,0 +1,236 @@
+"""`jaxgen seedselect`: what it writes, that it replays and goes on, and what it refuses."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+
+import jaxgen
+from jaxgen import request, seedselect
+from jaxgen.seedselect import references
+from tests.test_cli import TINY, compile_cache, run  # noqa: F401  a fixture
+from tests.torch_oracle import randomise
+
+SHAPE = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "projection_dim": 12, "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+OPTIONS = ("--steps", "3", "--iterations", "2", "--guidance", "2", "--batch", "1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Programs that run once: the compiler makes less of them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """An image encoder as transformers saves it."""
+    folder = tmp_path_factory.mktemp("judge")
+    config = transformers.CLIPVisionConfig(**SHAPE)
+    randomise(transformers.CLIPVisionModelWithProjection(config)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, judge):
+    """A working folder with a model that has an image encoder, and pictures of two classes."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY, "tiny")
+    shutil.copytree(judge, "tiny/image_encoder")
+    random = np.random.default_rng(0)
+    for name in ("red_fox", "owl"):
+        folder = Path("classes") / name
+        folder.mkdir(parents=True)
+        for i in range(3 if name == "owl" else 2):
+            picture = random.integers(0, 256, (50 + 30 * i, 64, 3), np.uint8)
+            Image.fromarray(picture).save(folder / f"{i}.png")
+    return tmp_path
+
+
+def select(*arguments, code=0, images="classes/owl", out="out"):
+    run("seedselect", *arguments, "--model", "tiny", "--images", images, "--out", out, code=code)
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_a_seed_is_found_and_replayed(here, capsys):
+    select("an owl", *OPTIONS, "--count", "2", "--seed", "7")
+    assert "2 pictures are in out" in capsys.readouterr().out
+    names = {p.name for p in Path("out").iterdir()}
+    pictures = {"00000.png", "00001.png", "grid.png", "strip.png"}
+    assert names == pictures | {"samples.jsonl", "seed.npz", "seeds"}
+    with np.load("out/seed.npz", allow_pickle=False) as held:
+        assert held["noise"].shape == (2, 16, 16, 4)
+        assert (held["prompt"], held["sampler"], held["steps"]) == ("an owl", "ddim", 3)
+        assert (held["guidance"], held["model"]) == (2.0, "tiny")
+    assert Image.open("out/strip.png").size == (2 * 68 - 4, 2 * 68 - 4)  # two looks, two seeds
+    assert "Latents: seeds/00000.npz" in Image.open("out/00000.png").text["parameters"]
+    row = json.loads(Path("out/samples.jsonl").read_text().splitlines()[1])
+    assert (row["latents"], row["index"]) == ("seeds/00001.npz", 1)
+
+    same = ("--model", "tiny", "--steps", "3", "--guidance", "2", "--sampler", "ddim")
+    run("sample", "an owl", *same, "--count", "2", "--latents", "out/seed.npz", "--out", "again")
+    run("sample", "an owl", *same, "--latents", "out/seeds/00001.npz", "--out", "one")
+    for i, path in enumerate(("again/00000.png", "again/00001.png")):
+        assert np.abs(pixels(path) - pixels(f"out/0000{i}.png")).max() <= 1
+    assert np.abs(pixels("one/00000.png") - pixels("out/00001.png")).max() <= 1
+
+    others = {"--sampler": "euler", "--steps": "4", "--guidance": "3", "--negative": "a fox"}
+    for option, value in others.items():
+        other = [*same, option, value]
+        arguments = ("an owl", *other, "--count", "2", "--latents", "out/seed.npz")
+        run("sample", *arguments, "--out", "x", code=2)
+        assert f"was found under {option[2:]}" in capsys.readouterr().err
+
+    # Seeds that were found are where the next ones start; the folder grows.
+    select("an owl", *OPTIONS, "--start", "out/seeds", "--seed", "8")
+    assert sorted(p.name for p in Path("out/seeds").iterdir()) == [
+        *("00000.npz", "00001.npz", "00002.npz"),
+    ]
+    select("an owl", *OPTIONS, "--start", "out/seed.npz", "--sampler", "euler", code=2)
+    assert "was found under sampler ddim (here euler)" in capsys.readouterr().err
+
+
+def test_norm_aware_starts_and_edict(here):
+    select("an owl", *OPTIONS, "--start", "nao", "--count", "2")
+    nao = np.load("out/seed.npz")["noise"].reshape(2, -1)
+    assert np.abs(nao[0] - nao[1]).max() > 0
+    select("an owl", *OPTIONS, "--sampler", "edict", out="edict")
+    same = ("--steps", "3", "--guidance", "2", "--sampler", "edict", "--model", "tiny")
+    run("sample", "an owl", *same, "--latents", "edict/seed.npz", "--out", "again")
+    assert np.abs(pixels("again/00000.png") - pixels("edict/00000.png")).max() <= 1
+
+
+def test_classes_become_a_training_folder_that_goes_on(here, capsys):
+    few = partial(select, "a {}, small", *OPTIONS, images="classes")
+    few("--count", "5")
+    assert "10 pictures of 2 classes are in out" in capsys.readouterr().out
+    lines = Path("out/metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 10
+    assert all((Path("out") / row["file_name"]).is_file() for row in rows)
+    assert {(row["class"], row["text"]) for row in rows} == {
+        ("owl", "a owl, small"),
+        ("red_fox", "a red fox, small"),
+    }
+    made = {row["file_name"]: row for row in rows if row["origin"] == "seedselect"}
+    assert len(made) == 5
+    assert sum(name.startswith("owl") for name in made) == 2  # all classes have five
+
+    before = {name: pixels(Path("out") / name) for name in made}
+    lost = [*made][-2:]  # as if the run had been stopped while it drew these
+    kept = [line for line in lines if json.loads(line)["file_name"] not in lost]
+    Path("out/metadata.jsonl").write_text("\n".join(kept) + '\n{"file_na')  # and this line
+    (Path("out") / lost[0]).unlink()
+    few("--count", "5")
+    assert len(Path("out/metadata.jsonl").read_text().splitlines()) == 10
+    for name, picture in before.items():
+        assert np.abs(pixels(Path("out") / name) - picture).max() <= 1
+
+    few("--count", "5", "--seed", "3", code=2)
+    assert "was begun with seed = 0 (now 3)" in capsys.readouterr().err
+    few("--count", "2", code=2)
+    assert "every class has --count 2" in capsys.readouterr().err
+    few("--count", "6", code=2)
+    assert "was begun with count = 5 (now 6)" in capsys.readouterr().err
+
+
+def test_any_score_takes_the_place_of_meaning_and_branches_take_part(here):
+    from tests.test_controls import from_unet
+
+    import diffusers  # isort: skip
+
+    unet = diffusers.UNet2DConditionModel.from_pretrained("tiny", subfolder="unet")
+    from_unet(unet).save_pretrained("net")
+    model, params = jaxgen.load("tiny", control=["net"])
+    hint = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    asked = {"prompts": ["a"], "sampler": "ddim", "steps": 3, "guidance": 2.0, "seed": 1}
+    checked = request.plan(model, request.Request(control=hint, **asked))
+
+    def dark(params, rows, images):
+        return images.mean((1, 2, 3))
+
+    how = seedselect.Search(iterations=3, weight=1.0)
+    pictures, score = [[np.zeros((64, 64, 3), np.uint8)]], seedselect.Score(dark)
+    (found,) = seedselect.select(model, params, checked, pictures, how, score=score)
+    assert found.loss < found.history[0]
+    again = jaxgen.sample(model, params, control=hint, latents=found.seed[None], **asked)
+    assert np.abs(again[0].astype(int) - found.image).max() <= 1
+    without, bare = jaxgen.load("tiny")
+    other = jaxgen.sample(without, bare, latents=found.seed[None], **asked)
+    assert np.abs(other[0].astype(int) - found.image).max() > 1
+
+
+def test_references_are_cut_to_the_middle(here):
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 255
+    assert references.fit(wide, 8, 8).min() > 200
+    for folder, count in (("classes/owl", 3), ("classes/red_fox", 2)):
+        assert len(references.find(Path(folder))) == count
+    chosen = [references.subset(5, 3, 0, i) for i in range(20)]
+    assert len({tuple(c) for c in chosen}) > 3
+    np.testing.assert_array_equal(references.subset(5, 3, 0, 4), chosen[4])
+    assert len(references.subset(3, 5, 0, 0)) == 3
+
+
+BAD = [
+    (["x", "--images", "nowhere"], "no folder of pictures nowhere"),
+    (["x", "--images", "empty"], "empty holds no pictures"),
+    (["x", "--images", "broken"], "broken/a.png"),
+    (["x", "--images", "mixed"], "mixed holds both pictures (a.png) and folders (owl)"),
+    (["x", "--images", "classes"], "has no {} for the class's name"),
+    (["--images", "classes/owl"], "no prompt is given"),
+    (["x", "--images", "classes/owl", "--model", "plain"], "plain has no image encoder of its own"),
+    (["x", "--images", "classes/owl", "--judge", "plain"], "plain is no CLIP folder"),
+    (["x", "--images", "classes/owl", "--start", "none"], "--start none is neither"),
+    (["x", "--images", "classes/owl", "--start", "small.npz"], "small.npz is float32 [1, 8, 8, 4]"),
+    (["x", "--images", "classes/owl", "--start", "empty"], "empty holds no seeds"),
+    (["x", "--images", "classes/owl", "--weight", "2"], "weight = 2.0"),
+    (["x", "--images", "classes/owl", "--iterations", "-1"], "iterations = -1"),
+    (["x", "--images", "classes/owl", "--contrast", "1"], "contrast needs a judge and other"),
+    (["x", "--images", "classes/owl", "--truncate", "30"], "truncate = 30 is more than the 20"),
+    (
+        ["x", "--images", "classes/owl", "--truncate", "2"],
+        "truncate = 2 is less than the 3 of tail",
+    ),
+    (["x", "--images", "classes/owl", "--sampler", "none"], "sampler 'none'"),
+    (["a {}", "--images", "classes", "--start", "small.npz", "--count", "9"], "gaussian or nao"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[words for _, words in BAD])
+def test_bad_input_is_one_line(here, capsys, arguments, words):
+    Path("empty").mkdir()
+    Path("broken").mkdir()
+    Path("broken/a.png").write_bytes(b"no picture")
+    shutil.copytree("classes", "mixed")
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("mixed/a.png")
+    shutil.copytree(TINY, "plain")
+    np.savez("small.npz", noise=np.zeros((1, 8, 8, 4), np.float32))
+    before = sorted(Path().iterdir())
+    given = [] if "--model" in arguments else ["--model", "tiny"]
+    given += [] if "--out" in arguments else ["--out", "out"]
+    run("seedselect", *arguments, *given, code=2)
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    assert sorted(Path().iterdir()) == before
+
+
+def test_a_single_reference_is_allowed_and_said(here, capsys):
+    Path("one").mkdir()
+    shutil.copy("classes/owl/0.png", "one/only.png")
+    select("an owl", *OPTIONS, images="one")
+    assert "one holds a single picture" in capsys.readouterr().err
