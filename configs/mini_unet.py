@@ -18,8 +18,8 @@ config = Train(
     task=TextToImage(model="mini", fresh=("unet",), learn=("unet/", "text_encoder/")),
     data=Images(source="emoji_scenes", size=64, caption_dropout=0.1),
     optimizer=Muon(learning_rate=1e-3, warmup=100, weight_decay=1e-2),
-    ema=EMA(decay=0.999),
-    batch_size=32,
+    ema=EMA(decay=0.998),
+    batch_size=64,
     steps=20_000,
     samples=Samples(
         prompts=(

@@ -247,7 +247,6 @@ def _targets(
     if isinstance(apply, ClipDistance) and apply.contrast:
         centroids = [apply.centroid(rows.embeddings) for rows in known]
 
-    @functools.cache
     def of(index: int) -> tuple[Any, Array]:
         mine, number = divmod(index, count)
         chosen = references.subset(len(known[mine].latents), how.subset, seed, number)

@@ -139,6 +139,8 @@ def worst(sampler, steps, start=0, eta=0.0, **changes):
 def combinations():
     """Every sampler, spacing, prediction type, zero SNR and Karras that diffusers accepts."""
     for sampler, kind in KINDS.items():
+        if sampler == "edict":  # diffusers has no such step; see tests/seedselect/test_gradient.py
+            continue
         spacings = SPACINGS if sampler != "lcm" else ("leading",)  # it looks at none of them
         predictions = PREDICTIONS[:2] if sampler in ("pndm", "euler_a") else PREDICTIONS
         zeros = (False, True) if "rescale_betas_zero_snr" in kind.fields else (False,)
@@ -223,7 +225,8 @@ def test_a_run_has_the_steps_asked_for_where_diffusers_runs_a_stray_one(sampler)
     assert np.isfinite(ours(schedule, 61)).all()
 
 
-@pytest.mark.parametrize("sampler", KINDS)
+# EDICT's second latent reads an eps of the step before: its steps are exact where they are short.
+@pytest.mark.parametrize("sampler", [*filter(lambda sampler: sampler != "edict", KINDS)])
 def test_a_perfect_network_leads_any_sampler_to_the_only_image(sampler):
     schedule = Schedule(sampler=sampler, set_alpha_to_one=True)
     points, initial, length = grid(schedule, 10)

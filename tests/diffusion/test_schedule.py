@@ -1,5 +1,6 @@
 """Schedules and grids against diffusers, published numbers and invariants."""
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -91,6 +92,8 @@ def test_a_written_config_reads_back_the_same_here_and_in_diffusers(sampler):
     changes = {"steps_offset": 3, "prediction_type": "v_prediction", "beta_end": 0.013}
     schedule = Schedule.read(SD15 | changes, sampler, "test")
     written = json.loads(json.dumps(schedule.config()))
+    if sampler == "edict":  # which diffusers has not: what is written is the class of its points
+        schedule = dataclasses.replace(schedule, sampler="ddim")
     assert Schedule.read(written, None, "test") == schedule
 
     scheduler = theirs(sampler, **written)
@@ -186,6 +189,10 @@ def test_rows_keep_their_variances_and_are_finite(sampler, spacing, zero):
         rescale_betas_zero_snr=zero,
         prediction_type="v_prediction",
     )
+    if sampler == "edict" and zero and spacing != "leading":
+        with pytest.raises(UserError, match="begins with none; use ddim"):
+            grid(schedule, 10)
+        return
     for steps in (1, 2, 17, 50, 998):
         if sampler == "lcm" and steps > 50:
             continue
