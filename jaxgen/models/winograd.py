@@ -100,8 +100,9 @@ def convolve(
     if x.size < LARGE:
         x, norm = silu_of(x, norm), None
     # Bound to x, the kernel is no constant of a loop around: for the gradient of a scan, JAX would
-    # transform all of it once and keep that in memory, four times the kernel's.
-    kernel, _ = lax.optimization_barrier((kernel, x[:1, :1, :1, :1]))
+    # transform all of it once and keep that in memory, four times the kernel's. Nothing of x is
+    # enough, and is no reason for devices to meet.
+    kernel, _ = lax.optimization_barrier((kernel, x[:, :0]))
 
     # Tiles: `rows` x `across` in a strip; their products with `part` outputs stay in the cache.
     down, across = -(-height // form.step), -(-width // form.step)
