@@ -40,7 +40,7 @@ def read_latents(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
             settings = {k: held[k].item() for k in SETTINGS if k in held}
             texts = [k for k in settings if isinstance(settings[k], str)]
             if set(texts) != set(TEXTS) & set(settings):
-                raise UserError(f"{path}: its steps and guidance are numbers, the rest texts")
+                raise UserError(f"{path}: steps and guidance are numbers, the rest should be texts")
             return held["noise"], settings
     except UserError:
         raise
