@@ -201,10 +201,6 @@ BAD = [
     (["x", "--images", "classes/owl", "--iterations", "-1"], "iterations = -1"),
     (["x", "--images", "classes/owl", "--contrast", "1"], "contrast needs a judge and other"),
     (["x", "--images", "classes/owl", "--truncate", "30"], "truncate = 30 is more than the 20"),
-    (
-        ["x", "--images", "classes/owl", "--truncate", "2"],
-        "truncate = 2 is less than the 3 of tail",
-    ),
     (["x", "--images", "classes/owl", "--sampler", "none"], "sampler 'none'"),
     (["a {}", "--images", "classes", "--start", "small.npz", "--count", "9"], "gaussian or nao"),
 ]

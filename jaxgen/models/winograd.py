@@ -16,6 +16,7 @@ from jaxgen.models.norms import Affine, silu_of
 from jaxgen.types import Array
 
 TILES = 256  # tiles at a time
+FEW = 64  # tiles, under which they are smaller
 KERNELS = 36 * 2**17  # numbers of transformed kernels at a time
 LARGE = 2**26  # numbers of an image that is not normalised as a whole
 MIN_OUTPUTS = 64  # channels of the result at a time, at least
@@ -52,6 +53,9 @@ def toom_cook(points: tuple[float, ...]) -> Form:
 # Irrational points, because they lie evenly: with 0, 1, -1, 2, -2 rounding is five times larger
 # (compare Barabasz et al. 2020). This way it is 4e-6 of the largest value in float32.
 PLAIN = toom_cook((0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)))
+# Smaller tiles save less (16 products for 4 pixels, not 36 for 16), but where tiles are few, the
+# transformed kernels are most of the work, and these are 16 numbers for 9 instead of 36.
+SMALL = toom_cook((0, 1, -1))
 
 # A convolution of the image doubled by nearest neighbour: with pixels a, b, c and taps f, g, h the
 # two results at b are b(f + g + h) - (b - a)f and b(f + g + h) + (c - b)h, which share a product.
@@ -92,8 +96,9 @@ def convolve(
     [3, 3, O, I] and turned by 180 degrees: x is the gradient of a result, and the result that of
     its image.
     """
-    form = DOUBLED if doubled else PLAIN
     batch, height, width, inputs = x.shape
+    few = batch * -(-height // PLAIN.step) * -(-width // PLAIN.step) < FEW
+    form = DOUBLED if doubled else SMALL if few else PLAIN
     taps = form.kernel[:, ::-1] if transposed else form.kernel
     product, axis = ("pti,poi->pto", 2) if transposed else ("pti,pio->pto", 3)
     points, writes, outputs = len(form.image), len(form.result), kernel.shape[axis]

@@ -169,3 +169,11 @@ def test_numbers_of_a_search_compile_nothing():
     before = search.compiled()._cache_size()
     go(toys.program(), toys.run(seeds, target=0.1, patience=2, learning_rate=1.0), seeds, [7])
     assert search.compiled()._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    ("truncate", "expected"), [(0, (0.5, 0.3, 0.2)), (2, (0.6, 0.4)), (1, (1.0,))]
+)
+def test_the_tail_is_of_steps_that_get_a_gradient(truncate, expected):
+    search = Search(tail=(0.5, 0.3, 0.2), truncate=truncate)
+    assert search.tail_of(4) == pytest.approx(expected)
