@@ -11,7 +11,7 @@ test: .venv/test.stamp lint  ## lint, types and every test but the full-size one
 	$(BIN)/python -m pytest -n 2
 
 test-slow: .venv/test.stamp  ## full-size SD 1.5 and SD 2.1-v against PyTorch; 16 GB and some minutes
-	$(BIN)/python -m pytest -m slow
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m slow
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

@@ -5,7 +5,6 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import transformers
@@ -22,14 +21,6 @@ SHAPE = {
     "projection_dim": 12, "image_size": 32, "patch_size": 8,
 }  # fmt: skip
 OPTIONS = ("--steps", "3", "--iterations", "2", "--guidance", "2", "--batch", "1")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Programs that run once: the compiler makes less of them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
