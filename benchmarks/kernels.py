@@ -48,6 +48,7 @@ DOUBLINGS = (  # batch, side before, channels
     (1, 128, 512),
     (1, 256, 256),
 )
+TILED = ((2, 16, 640), (2, 16, 1280), (2, 16, 2560), (3, 16, 1280), (4, 16, 1280), (8, 16, 1280))
 FEEDS = ((4096, 320), (1024, 640), (256, 1280))  # tokens, channels
 ATTENTIONS = ((4096, 40), (1024, 80))  # tokens, width of a head
 
@@ -107,6 +108,24 @@ def gradients() -> None:
             print(f"| {what}: {wanted} | {' | '.join(speeds)} |", flush=True)
 
 
+def tiles() -> None:
+    """Winograd's tiles, large and small, to 1280 channels; which are taken says winograd.FEW."""
+    print("\n| 3x3 convolution by Winograd | large tiles | small tiles |\n|---|---|---|")
+    kept = winograd.FEW
+    for batch, side, inputs in TILED:
+        x, kernel = random(batch, side, side, inputs), random(3, 3, inputs, 1280)
+        work = 2 * batch * side**2 * 9 * inputs * 1280 / 1e9
+
+        def by(x: Array, kernel: Array, few: int) -> Array:
+            winograd.FEW = few  # read when it is traced
+            return winograd.convolve(x, kernel)
+
+        ways: list[Callable] = [partial(by, few=few) for few in (0, 2**20)]
+        speeds = " | ".join(f"{work / s:.0f}" for s in in_turn(ways, (x, kernel)))
+        print(f"| {batch}x{side}x{side}, {inputs} to 1280 | {speeds} |", flush=True)
+    winograd.FEW = kept
+
+
 def in_turn(ways: list[Callable], args: tuple[Array, ...], rounds: int = 5) -> list[float]:
     """The fastest run of each, run in turn, so that a busy machine slows all."""
     programs = [jax.jit(way) for way in ways]
@@ -138,6 +157,7 @@ def main() -> None:
         print(f"| {batch}x{side}x{side}, {inputs} to {outputs} | {speeds} | {chosen} |", flush=True)
 
     gradients()
+    tiles()
 
     print("\n| 3x3 convolution of a doubled image | plain | Winograd |\n|---|---|---|")
     for batch, side, channels in DOUBLINGS:

@@ -243,7 +243,7 @@ def operations(bench: Bench) -> None:
 
     print("\n| operations | forward | with gradient | over three forwards |\n|---|---|---|---|")
     pays = winograd.pays
-    for how, rule in (("as run here", pays), ("every product done", lambda *_: False)):
+    for how, rule in (("as run here", pays), ("every product done", lambda *_, **__: False)):
         winograd.pays = rule
 
         def loss(params: Any) -> Any:  # a new one each time: programs are remembered by it

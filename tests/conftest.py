@@ -1,9 +1,10 @@
-"""Eight virtual CPU devices for every test that asks for a mesh; files in a good order."""
+"""Eight virtual CPU devices for tests that ask for a mesh; quick compiling; files in good order."""
 
 import os
 
 # Programs here are tiny and run once or twice: compiling them is most of the time. What the tests
-# start inherits this, and keeps what it compiled; full-size tests are compiled as users' runs are.
+# start inherits this; where it has a cache, all it compiled is kept. `make test-slow` and the files
+# of OPTIMISED are compiled as users' runs are.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -13,8 +14,9 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Files that compare two programs to the last bit or so, which are rounded alike where optimised.
-OPTIMISED = ("test_optim.py",)
+# Files that compare two programs to the last bit or so, which are rounded alike where optimised;
+# and one of whole images, so that tolerances are also those of the code that users run.
+OPTIMISED = ("test_optim.py", "test_embedded.py")
 
 # Seconds that these files take, on two cores; the others take less.
 LONG = {
@@ -35,10 +37,14 @@ LONG = {
 def optimised(request):
     """Compiles a file of OPTIMISED as users' runs are."""
     before = jax.config.values["jax_disable_most_optimizations"]
-    if request.path.name in OPTIMISED:
-        jax.config.update("jax_disable_most_optimizations", False)
+    if request.path.name not in OPTIMISED:
+        yield
+        return
+    jax.clear_caches()  # what was compiled stays as it was
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
 
 
 def pytest_collection_modifyitems(items):

@@ -16,7 +16,7 @@ from jaxgen.models.norms import Affine, silu_of
 from jaxgen.types import Array
 
 TILES = 256  # tiles at a time
-FEW = 64  # tiles, under which they are smaller
+FEW = 64  # tiles of PLAIN, under which a convolution takes those of SMALL
 KERNELS = 36 * 2**17  # numbers of transformed kernels at a time
 LARGE = 2**26  # numbers of an image that is not normalised as a whole
 MIN_OUTPUTS = 64  # channels of the result at a time, at least
@@ -53,8 +53,9 @@ def toom_cook(points: tuple[float, ...]) -> Form:
 # Irrational points, because they lie evenly: with 0, 1, -1, 2, -2 rounding is five times larger
 # (compare Barabasz et al. 2020). This way it is 4e-6 of the largest value in float32.
 PLAIN = toom_cook((0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)))
-# Smaller tiles save less (16 products for 4 pixels, not 36 for 16), but where tiles are few, the
-# transformed kernels are most of the work, and these are 16 numbers for 9 instead of 36.
+# Smaller tiles have 16 products for 4 pixels, not 36 for 16. That is more work in all, but where
+# there are few tiles it is done faster: products of four times as many rows, with kernels that are
+# 16 numbers for 9 instead of 36 and so come through the caches sooner (benchmarks/kernels.py).
 SMALL = toom_cook((0, 1, -1))
 
 # A convolution of the image doubled by nearest neighbour: with pixels a, b, c and taps f, g, h the
