@@ -80,6 +80,8 @@ def main(bench: Bench) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = bench.out or Path(scratch) / "out"
         check_new(folder)
+        if bench.real > TEST:
+            sys.exit(f"--real {bench.real}: from view {TEST} on they are the test's")
         folder.mkdir(parents=True)
         if "share" in bench.parts:
             shares(bench, folder)
