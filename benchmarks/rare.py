@@ -121,8 +121,8 @@ def shares(bench: Bench, folder: Path) -> None:
         how = Search(iterations=iterations, **more)
 
         def run(how: Search, only: Sequence[int] | None) -> list[Found]:
-            how_not = {"judge": eyes, "start": start, "only": only, "progress": True}
-            return [*seedselect.select(model, params, plan, known, how, **how_not)]
+            given = {"judge": eyes, "start": start, "only": only, "progress": True}
+            return [*seedselect.select(model, params, plan, known, how, **given)]
 
         run(replace(how, iterations=1), [0])
         begun = time.perf_counter()
