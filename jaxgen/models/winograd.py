@@ -1,4 +1,4 @@
-"""3x3 convolutions with a quarter to a half of the products, for CPUs (Winograd; Lavin & Gray 2016).
+"""3x3 convolutions with a quarter to half of the products, for CPUs (Winograd; Lavin & Gray 2016).
 
 A tile of the image, a kernel and a tile of the result are each mapped by a small matrix, so that
 between them stands one product per point instead of nine per pixel. Exact but for rounding.
