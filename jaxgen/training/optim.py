@@ -11,10 +11,9 @@ import numpy as np
 import optax
 from jax.sharding import Sharding
 from jax.tree_util import DictKey
-from optax import contrib
 
 from jaxgen import trees
-from jaxgen.training import patterns
+from jaxgen.training import muon, patterns
 from jaxgen.types import Array, Params, UserError, at_least_float32
 
 Schedule = Literal["constant", "cosine", "linear"]
@@ -152,35 +151,12 @@ class Muon(Optimizer):
     """Root mean square of a kernel's step."""
 
     def direction(self) -> optax.GradientTransformation:
-        muon = optax.chain(
-            contrib.scale_by_muon(beta=self.beta, weight_dimension_numbers=_as_matrices),
-            optax.stateless(lambda steps, _: jax.tree.map(self._sized, steps)),
-        )
+        steps = muon.by_momentum(self.beta, self.size)
         adam = optax.scale_by_adam(self.b1, self.b2, self.epsilon)
         return optax.chain(
-            optax.masked(muon, lambda params: _kernels(params, True)),
-            optax.masked(adam, lambda params: _kernels(params, False)),
+            optax.masked(steps, muon.kernels),
+            optax.masked(adam, lambda params: muon.kernels(params, False)),
         )
-
-    def _sized(self, step: Array) -> Array:
-        """An orthogonal matrix at the wanted root mean square: its own is that of max(in, out)."""
-        fan_in, fan_out = step[..., 0].size, step.shape[-1]
-        return self.size * max(fan_in, fan_out) ** 0.5 * step
-
-
-def _kernels(params: Params, wanted: bool) -> Params:
-    """Whether each leaf is a kernel, or whether it is not."""
-    is_kernel = lambda path, leaf: path.endswith("kernel") and leaf.ndim > 1  # noqa: E731
-    return trees.map_with_path(lambda path, leaf: is_kernel(path, leaf) == wanted, params)
-
-
-def _as_matrices(params: Params) -> Params:
-    """Kernels [..., in, out] as matrices of what is summed over and what comes out."""
-
-    def one(leaf: Any) -> Any:
-        return contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
-
-    return jax.tree.map(one, params)
 
 
 def rate(optimizer: Optimizer, steps: int) -> Callable[[Any], Any]:
