@@ -101,7 +101,7 @@ def convolve(
     few = batch * -(-height // PLAIN.step) * -(-width // PLAIN.step) < FEW
     form = DOUBLED if doubled else SMALL if few else PLAIN
     taps = form.kernel[:, ::-1] if transposed else form.kernel
-    product, axis = ("pti,poi->pto", 2) if transposed else ("pti,pio->pto", 3)
+    axis = 2 if transposed else 3
     points, writes, outputs = len(form.image), len(form.result), kernel.shape[axis]
     if x.size < LARGE:
         x, norm = silu_of(x, norm), None
@@ -125,7 +125,7 @@ def convolve(
         def some_outputs(j: Array, y: Array) -> Array:
             kernels = lax.dynamic_slice_in_dim(kernel, part * j, part, axis)
             kernels = _transform(taps, kernels.reshape(9, *kernels.shape[2:]))
-            tiles = _transform(form.result, jnp.einsum(product, images, kernels))
+            tiles = _transform(form.result, _products(images, kernels, transposed))
             if bias is not None:
                 tiles += lax.dynamic_slice_in_dim(bias, part * j, part)
             tiles = tiles.reshape(writes, writes, batch, rows, across, part)
@@ -203,6 +203,15 @@ def _images(form: Form, lines: Array, rows: int, across: int) -> Array:
         [down[:, :, :, c : c + step * (across - 1) + 1 : step] for c in range(reads)], 1
     )
     return _transform(form.image, pixels.reshape(reads**2, -1, inputs))
+
+
+def _products(images: Array, kernels: Array, transposed: bool) -> Array:
+    """Tiles [P, T, I] by kernels [P, I, O], or [P, O, I] if `transposed`: [P, T, O].
+
+    One point after the other: cores that share a product are faster than with one product each.
+    """
+    product = "ti,oi->to" if transposed else "ti,io->to"
+    return lax.map(lambda pair: jnp.einsum(product, *pair), (images, kernels))
 
 
 def _transform(matrix: np.ndarray, x: Array) -> Array:
