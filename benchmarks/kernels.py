@@ -1,6 +1,7 @@
 """The forms of attention and convolution at Stable Diffusion's shapes, and the machine's peak.
 
     python benchmarks/kernels.py
+    python benchmarks/kernels.py --parts points attentions
 
 Float32 on CPU. GFLOP/s count the products of the plain algorithm, so that forms compare by time.
 """
@@ -8,10 +9,13 @@ Float32 on CPU. GFLOP/s count the products of the plain algorithm, so that forms
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Literal, get_args
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from jaxgen.models import attention, correlation, winograd
 from jaxgen.models.convolution import resize_nearest
@@ -49,6 +53,16 @@ DOUBLINGS = (  # batch, side before, channels
     (1, 256, 256),
 )
 TILED = ((2, 16, 640), (2, 16, 1280), (2, 16, 2560), (3, 16, 1280), (4, 16, 1280), (8, 16, 1280))
+POINTS = (  # batch, side, inputs, outputs
+    (2, 64, 320, 320),
+    (2, 64, 960, 320),
+    (2, 32, 640, 640),
+    (2, 32, 1920, 640),
+    (2, 16, 1280, 1280),
+    (2, 16, 2560, 1280),
+    (1, 128, 512, 512),
+    (1, 256, 256, 256),
+)
 FEEDS = ((4096, 320), (1024, 640), (256, 1280))  # tokens, channels
 ATTENTIONS = ((4096, 40), (1024, 80))  # tokens, width of a head
 
@@ -138,11 +152,28 @@ def in_turn(ways: list[Callable], args: tuple[Array, ...], rounds: int = 5) -> l
     return [min(kept) for kept in taken]
 
 
-def main() -> None:
-    a, b = random(4096, 4096), random(4096, 4096)
-    print(f"matrix product 4096^3: {2 * 4096**3 / seconds(jnp.matmul, a, b) / 1e9:.0f} GFLOP/s\n")
+def points() -> None:
+    """Winograd's products, of all points in one batch or one point after the other."""
+    print("\n| 3x3 convolution by Winograd | in one batch | one by one |\n|---|---|---|")
 
-    print("| 3x3 convolution | plain | patches | Winograd | chosen |\n|---|---|---|---|---|")
+    def batched(images: Array, kernels: Array, transposed: bool) -> Array:
+        return jnp.einsum("pti,poi->pto" if transposed else "pti,pio->pto", images, kernels)
+
+    def by(x: Array, kernel: Array, products: Callable) -> Array:
+        with mock.patch.object(winograd, "_products", products):  # read when it is traced
+            return winograd.convolve(x, kernel)
+
+    for batch, side, inputs, outputs in POINTS:
+        args = random(batch, side, side, inputs), random(3, 3, inputs, outputs)
+        work = 2 * batch * side**2 * 9 * inputs * outputs / 1e9
+        ways: list[Callable] = [partial(by, products=p) for p in (batched, winograd._products)]
+        speeds = " | ".join(f"{work / s:.0f}" for s in in_turn(ways, args))
+        print(f"| {batch}x{side}x{side}, {inputs} to {outputs} | {speeds} |", flush=True)
+
+
+def convolutions() -> None:
+    """Each form of a convolution, and which is chosen."""
+    print("\n| 3x3 convolution | plain | patches | Winograd | chosen |\n|---|---|---|---|---|")
     for batch, side, inputs, outputs in CONVOLUTIONS:
         x, kernel = random(batch, side, side, inputs), random(3, 3, inputs, outputs)
         work = 2 * batch * side * side * 9 * inputs * outputs / 1e9
@@ -156,17 +187,20 @@ def main() -> None:
             chosen = "patches"
         print(f"| {batch}x{side}x{side}, {inputs} to {outputs} | {speeds} | {chosen} |", flush=True)
 
-    gradients()
-    tiles()
 
+def doublings() -> None:
+    """Convolutions of a doubled image."""
     print("\n| 3x3 convolution of a doubled image | plain | Winograd |\n|---|---|---|")
     for batch, side, channels in DOUBLINGS:
         x, kernel = random(batch, side, side, channels), random(3, 3, channels, channels)
         work = 2 * batch * (2 * side) ** 2 * 9 * channels**2 / 1e9
-        ways = [doubling, partial(winograd.convolve, doubled=True)]
+        ways: list[Callable] = [doubling, partial(winograd.convolve, doubled=True)]
         speeds = " | ".join(f"{work / seconds(f, x, kernel):.0f}" for f in ways)
         print(f"| {batch}x{side}x{side}, {channels} channels | {speeds} |", flush=True)
 
+
+def feeds() -> None:
+    """The feed-forward network, at once and in parts."""
     print("\n| feed-forward, batch 2 | at once | as run |\n|---|---|---|")
     network = attention.FeedForward()
     for tokens, channels in FEEDS:
@@ -178,6 +212,9 @@ def main() -> None:
         attention.FEATURES = kept
         print(f"| {tokens} tokens, {channels} wide | {whole * 1e3:.0f} ms | {ours * 1e3:.0f} ms |")
 
+
+def attentions() -> None:
+    """Self-attention, of all heads at once and in chunks."""
     print("\n| attention, batch 2, 8 heads | all heads at once | as run |\n|---|---|---|")
     for tokens, width in ATTENTIONS:
         q, k, v = (random(2, tokens, 8, width) for _ in range(3))
@@ -186,5 +223,21 @@ def main() -> None:
         print(f"| {tokens} tokens, {width} wide | {whole * 1e3:.0f} ms | {ours * 1e3:.0f} ms |")
 
 
+Part = Literal["convolutions", "gradients", "tiles", "points", "doublings", "feeds", "attentions"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+def main(parts: tuple[Part, ...] = PARTS) -> None:
+    """Prints Markdown.
+
+    Args:
+        parts: which tables.
+    """
+    a, b = random(4096, 4096), random(4096, 4096)
+    print(f"matrix product 4096^3: {2 * 4096**3 / seconds(jnp.matmul, a, b) / 1e9:.0f} GFLOP/s")
+    for part in parts:
+        globals()[part]()
+
+
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

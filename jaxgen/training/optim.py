@@ -151,12 +151,18 @@ class Muon(Optimizer):
     """Root mean square of a kernel's step."""
 
     def direction(self) -> optax.GradientTransformation:
-        steps = muon.by_momentum(self.beta, self.size)
-        adam = optax.scale_by_adam(self.b1, self.b2, self.epsilon)
         return optax.chain(
-            optax.masked(steps, muon.kernels),
-            optax.masked(adam, lambda params: muon.kernels(params, False)),
+            optax.masked(muon.steps(self.beta, self.size), _kernels),
+            optax.masked(optax.scale_by_adam(self.b1, self.b2, self.epsilon), _others),
         )
+
+
+def _kernels(params: Params) -> Params:
+    return trees.map_with_path(muon.is_kernel, params)
+
+
+def _others(params: Params) -> Params:
+    return trees.map_with_path(lambda path, leaf: not muon.is_kernel(path, leaf), params)
 
 
 def rate(optimizer: Optimizer, steps: int) -> Callable[[Any], Any]:
