@@ -7,8 +7,8 @@ that is made anew (`--task.model runs/mini_clip/model`). The text encoder learns
 left from right is little use to a contrast of captions. The loss is of v, unweighted: what a scene
 shows, and where, is decided while noise prevails, to which Min-SNR weights would give little. The
 rate is constant and the average long, so that a run can go on for as long as there is time
-(`--steps`); Muon learns this in fewer steps than AdamW. Pictures gain from a last stretch, from the
-average that a run left, while the rate falls to 0:
+(`--steps`); Muon learns this in fewer steps than AdamW. What ships ended with a stretch from the
+average that its run left, while the rate fell to 0:
 
     jaxgen train configs/mini_unet.py --task.fresh --task.model runs/mini_unet/model \\
         --optimizer.schedule linear --optimizer.warmup 20 --ema.decay 0.995 \\

@@ -18,6 +18,7 @@ from jaxgen.training import optim
 from jaxgen.training.optim import Adafactor, AdamW, Lion, Muon
 from jaxgen.types import UserError
 from tests.torch_oracle import error
+from tests.training.test_muon import iterated
 
 SHAPES = {"block/kernel": (3, 3, 4, 6), "block/bias": (6,), "out/kernel": (6, 5)}
 STEPS = 10
@@ -149,15 +150,6 @@ def test_lion_is_its_closed_form():
         assert error(ours[path], value) < 1e-6
 
 
-def orthogonal(matrix):
-    """Five steps of Newton and Schulz towards U V of a matrix U S V (Jordan et al. 2024)."""
-    x = matrix / np.linalg.norm(matrix)
-    for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    return x
-
-
 def test_muon_is_its_closed_form_for_kernels_and_adamw_for_the_rest():
     """With Nesterov's momentum, its start corrected as Adam's is, and 0.2 sqrt(max(in, out))."""
     rest = {"learning_rate": 0.01, "clip": 0, "weight_decay": 0.5, "b2": 0.99}
@@ -170,7 +162,7 @@ def test_muon_is_its_closed_form_for_kernels_and_adamw_for_the_rest():
             gradient = trees.flatten(grads)[path].astype(np.float64).reshape(value.shape)
             mean = 0.9 * mean + 0.1 * gradient
             ahead = 0.9 * mean / (1 - 0.9 ** (t + 1)) + 0.1 * gradient / (1 - 0.9**t)
-            step = 0.2 * max(value.shape) ** 0.5 * orthogonal(ahead)
+            step = 0.2 * max(value.shape) ** 0.5 * iterated(ahead)
             value = value - 0.01 * (step + 0.5 * value)
         assert error(ours[path], value.reshape(start.shape)) < 1e-5
 
