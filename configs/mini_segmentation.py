@@ -8,15 +8,16 @@ background. Everything else is as in configs/mini_edges.py.
 
 from pathlib import Path
 
-from jaxgen.training.recipe import EMA, AdamW, ControlNet, Images, Train
+from jaxgen.training.recipe import EMA, ControlNet, Images, Muon, Train
 
 config = Train(
-    task=ControlNet(model="mini", hint="segmentation", palette="distinct"),
+    task=ControlNet(model="mini", hint="segmentation", palette="distinct", hint_widths=(8, 16, 48)),
     data=Images(source="emoji_scenes", size=64),
-    optimizer=AdamW(learning_rate=5e-4, warmup=200, weight_decay=1e-2),
-    ema=EMA(decay=0.999),
+    optimizer=Muon(learning_rate=1e-3, warmup=50, weight_decay=1e-2, schedule="linear"),
+    ema=EMA(decay=0.99),
     batch_size=32,
-    steps=10_000,
-    save_every=200,
+    steps=3000,
+    save_every=100,
+    keep=100,
     out=Path("runs/mini_segmentation"),
 )

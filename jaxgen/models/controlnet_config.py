@@ -54,14 +54,21 @@ class ControlNetConfig:
         return config.parse(ControlNetConfig, own | {"encoder": encoder}, {}, where)
 
     @staticmethod
-    def of(unet: UNetConfig, factor: int) -> "ControlNetConfig":
-        """Of a ControlNet for a UNet, with the released ones' encoder of hints.
+    def of(unet: UNetConfig, factor: int, widths: tuple[int, ...] = ()) -> "ControlNetConfig":
+        """Of a ControlNet for a UNet.
 
         Args:
             factor: of the VAE, a power of two.
+            widths: channels of the encoder of hints, from pixels to latents; by default those of
+                the released ones. UserError where they are not one for each halving, and one more.
         """
         latent = unet.out_channels  # an inpainting UNet reads more, its ControlNet does not
-        widths = (16, 32, 96, *(256,) * 8)[: factor.bit_length()]
+        widths = widths or (16, 32, 96, *(256,) * 8)[: factor.bit_length()]
+        if len(widths) != factor.bit_length():
+            raise UserError(
+                f"hint_widths has {len(widths)} numbers; from pixels to latents of a {factor}th of "
+                f"their side there are {factor.bit_length()}"
+            )
         encoder = replace(unet, in_channels=latent, sample_size=None, time_cond_proj_dim=None)
         up = ("UpBlock2D",) * len(unet.block_out_channels)
         encoder = replace(encoder, out_channels=UNetConfig.out_channels, up_block_types=up)

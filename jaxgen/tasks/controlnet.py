@@ -40,6 +40,9 @@ class ControlNet(TextToImage):
     palette: str = "ade20k"
     """Colours of labels, of which 0 is black: ade20k (1 to 150, as in its files), or distinct (1 to
     255, for data without colours of their own)."""
+    hint_widths: tuple[int, ...] = ()
+    """Channels of a fresh network's encoder of hints, from pixels to latents; by default those of
+    the released ones, 16 32 96 256 where latents are an eighth."""
     unlocked: bool = False
     """Whether the UNet's decoder learns, too, as short last stretches far from the base's data do;
     with a rate of some 2e-6."""
@@ -62,8 +65,10 @@ class ControlNet(TextToImage):
             )
         if model.pipeline not in CONTROLLED:
             raise UserError(f"diffusers has no {model.pipeline} with ControlNets to be saved for")
+        if model.controls and self.hint_widths:
+            raise UserError("hint_widths is of fresh ControlNets, and this goes on from one")
         if not model.controls:
-            config = ControlNetConfig.of(model.unet.config, model.factor)
+            config = ControlNetConfig.of(model.unet.config, model.factor, self.hint_widths)
             model = replace(model, controls=(Network(config),))
         (net,) = model.controls
         net = replace(net, remat=model.unet.remat, middle_only=self.links == "middle")

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from jaxgen import trees
 from jaxgen.data.annotators import maps
 from jaxgen.data.pipeline import Images
 from jaxgen.load import open_model
@@ -196,11 +197,22 @@ def test_hints_are_read_from_data_or_made_on_the_fly(kind, tmp_path):
     assert check(rows)
 
 
+def test_the_encoder_of_hints_is_as_wide_as_asked(data):
+    task, _ = setup.open_task(recipe_for(data, ControlNet(hint_widths=(4, 8, 12))))
+    (net,) = task.model.controls
+    theirs = ControlNetModel.from_config(net.config.dump())
+    ours = {path: leaf.shape for path, leaf in trees.flatten(trees.shapes(net.init)).items()}
+    assert ours == {path: leaf.shape for path, leaf in trees.flatten(params_of(theirs)).items()}
+    assert ours["controlnet_cond_embedding/conv_out/kernel"][2] == 12
+
+
 @pytest.mark.parametrize(
     ("task", "more", "words"),
     [
         (ControlNet(links="some"), {}, "is neither all nor middle"),
         (ControlNet(palette="mine"), {}, "is not one of ade20k, distinct"),
+        (ControlNet(hint_widths=(4, 8)), {}, "hint_widths has 2 numbers; .* there are 3"),
+        (ControlNet(hint_widths=(4, 8, 0)), {}, "is not above zero"),
         (ControlNet(control="nowhere"), {}, "no ControlNet folder or file nowhere"),
         (ControlNet(learn=("control/",)), {}, "fits no parameter; perhaps controlnet/"),
         (ControlNet(), {"samples": Samples(prompts=("a", "b"))}, "samples.hints: 0 for 2 prompts"),
