@@ -1,4 +1,4 @@
-"""Distances of sets: closed forms, a matrix root of scipy, sums written out."""
+"""Distances of sets: closed forms, a matrix root of scipy, sums written out, sets drawn anew."""
 
 import itertools
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from jaxgen.evaluation.distances import fid, kid
+from jaxgen.evaluation import distances
+from jaxgen.evaluation.distances import fid, kid, kid_difference
 from jaxgen.types import UserError
 
 
@@ -63,31 +64,79 @@ def slowly(x, y):
     return within(x) + within(y) - 2 * sum(across) / len(across)
 
 
-def test_kid_is_the_sum_over_pairs():
+def test_kid_is_the_sum_over_pairs(monkeypatch):
     rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((7, 5)), 0.5 + rng.standard_normal((7, 5))
-    mean, deviation = kid(x, y, subsets=3, size=7)  # each subset is the whole
-    assert mean == pytest.approx(slowly(x, y), rel=1e-12)
-    assert deviation == pytest.approx(0, abs=1e-12)
+    x, y = rng.standard_normal((7, 5)), 0.5 + rng.standard_normal((9, 5))
+    assert kid(x, y, resamples=2)[0] == pytest.approx(slowly(x, y), rel=1e-12)
+    monkeypatch.setattr(distances, "AT_ONCE", 4)
+    assert kid(x, y, resamples=2)[0] == pytest.approx(slowly(x, y), rel=1e-12)
 
 
-def test_kid_is_of_every_pair_of_subsets_once_on_average():
+def test_the_standard_error_is_the_spread_over_all_sets_that_can_be_drawn():
+    """27 of three rows, 4 of two; those of one row alone have no pairs."""
     rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((4, 3)), 0.5 + rng.standard_normal((3, 3))
-    halves = [
-        slowly(x[list(i)], y[list(j)])
-        for i in itertools.combinations(range(4), 2)
-        for j in itertools.combinations(range(3), 2)
-    ]
-    mean, deviation = kid(x, y, subsets=4000, size=2)
-    assert abs(mean - slowly(x, y)) < 4 * np.std(halves) / np.sqrt(4000)
-    assert deviation == pytest.approx(np.std(halves), rel=0.1)
+    x, y = rng.standard_normal((3, 4)), 0.5 + rng.standard_normal((2, 4))
+    found = []
+    for i in itertools.product(range(3), repeat=3):
+        for j in itertools.product(range(2), repeat=2):
+            if len({*i}) > 1 and len({*j}) > 1:
+                found.append(drawn(x[list(i)], y[list(j)]))
+    assert kid(x, y, resamples=20_000)[1] == pytest.approx(np.std(found), rel=0.03)
 
 
-def test_kid_is_the_same_for_a_seed_and_another_for_another():
+def drawn(x, y):
+    """The estimate, term by term, of rows some of which are the same."""
+
+    def k(p, q):
+        return (sum(p * q) / len(p) + 1) ** 3
+
+    def within(rows):
+        return np.mean([k(p, q) for p, q in itertools.permutations(rows, 2) if (p != q).any()])
+
+    return within(x) + within(y) - 2 * np.mean([k(p, q) for p in x for q in y])
+
+
+def gaussians(seed, rows=120):
+    """Two sets in pairs, and one that they are compared with: means and spreads differ."""
+    rng = np.random.default_rng(seed)
+    a, c = rng.standard_normal((2, rows, 3))
+    b = 0.9 * a + 0.4 * rng.standard_normal((rows, 3))
+    return 0.8 + a, 0.4 + 1.2 * b, c
+
+
+@pytest.mark.parametrize(
+    "distance",
+    [lambda a, b, c, n: kid(a, c, n), kid_difference],
+    ids=["of one set", "of the difference"],
+)
+def test_standard_errors_are_the_spread_over_sets_drawn_anew(distance):
+    anew = [distance(*gaussians(seed), 2)[0] for seed in range(600)]  # known to 3 %
+    said = [distance(*gaussians(seed), 200)[1] for seed in range(1000, 1040)]
+    assert np.sqrt(np.mean(np.square(said))) == pytest.approx(np.std(anew), rel=0.12)
+
+
+def test_the_standard_error_of_sets_that_are_alike_is_too_large_but_not_by_much():
+    alike = [np.random.default_rng(seed).standard_normal((2, 100, 3)) for seed in range(500)]
+    anew = np.std([kid(a, b, 2)[0] for a, b in alike])
+    said = np.sqrt(np.mean([kid(a, b, 200)[1] ** 2 for a, b in alike[:40]]))
+    assert 0.9 * anew < said < 3**0.5 * 1.1 * anew
+
+
+def test_the_difference_is_of_two_distances_and_surer_than_they_are():
+    a, b, c = gaussians(0)
+    one, other = kid(a, c), kid(b, c)
+    difference, error = kid_difference(a, b, c)
+    assert difference == pytest.approx(one[0] - other[0], rel=1e-10)
+    assert error < np.hypot(one[1], other[1])
+    assert kid_difference(b, a, c)[0] == pytest.approx(-difference, rel=1e-10)
+    assert kid_difference(a, a, c) == (0, 0)
+
+
+def test_kid_is_the_same_for_a_seed_and_its_error_another_for_another():
     x, y = np.random.default_rng(0).standard_normal((2, 30, 4))
-    assert kid(x, y) == kid(x, y, size=15) == kid(x, y, seed=0)
-    assert kid(x, y) != kid(x, y, seed=1)
+    assert kid(x, y) == kid(x, y, seed=0)
+    assert kid(x, y)[0] == kid(x, y, seed=1)[0]
+    assert kid(x, y)[1] != kid(x, y, seed=1)[1]
 
 
 TABLE = np.ones((4, 3))
@@ -105,7 +154,10 @@ def test_features_that_cannot_be_compared_are_one_line(distance, other):
             distance(*pair)
 
 
-@pytest.mark.parametrize("given", [{"size": 1}, {"size": 5}, {"subsets": 0}])
-def test_subsets_that_cannot_be_are_one_line(given):
-    with pytest.raises(UserError, match="subsets"):
-        kid(TABLE, TABLE, **given)
+def test_resamples_and_pairs_that_cannot_be_are_one_line():
+    with pytest.raises(UserError, match="1 resamples have no spread"):
+        kid(TABLE, TABLE, resamples=1)
+    with pytest.raises(UserError, match="4 and 3 pictures are no pairs"):
+        kid_difference(TABLE, TABLE[:3], TABLE)
+    with pytest.raises(UserError, match="are both of one network"):
+        kid_difference(TABLE, TABLE, TABLE[:, :2])
