@@ -5,14 +5,16 @@
 Samples the captions of 500 scenes of emoji_scenes' test split, which no training sees, and judges
 the pictures; beside them the real scenes of these captions (the ceiling), and real scenes under
 each other's captions (chance; of two that are shown, one is left of the other by chance in half).
-Rare subjects have a table of their own, from test_even. The CLIP score is not independent: the
-model's text encoder began as that CLIP's. Some minutes on two cores. Prints Markdown.
+Rare subjects have a table of their own, from test_even. "Asked" is how often captions ask for a
+thing; where a column differs (of two shown, which only pictures that show both are asked), its cell
+says so. The CLIP score is not independent: the model's text encoder began as that CLIP's; nor is
+KID in its features, which needs no InceptionV3. Some minutes on two cores. Prints Markdown.
 """
 
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,10 @@ import tyro
 
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 from jaxgen.evaluation import report
-from jaxgen.evaluation.report import Report
+from jaxgen.evaluation.report import Judges, Report
 from jaxgen.refs import EMBEDDED_CLIP
 from jaxgen.save import check_new
+from jaxgen.types import UserError
 
 LATENTS = (16, 16, 4)
 
@@ -63,30 +66,22 @@ def sampled(bench: Bench, captions: list[str], out: Path) -> Path:
     return out
 
 
-def table(columns: dict[str, Report]) -> str:
-    """One row for each thing that captions ask for."""
-    names = list(columns["samples"].right)
-    lines = [f"| | asked | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
-    for name in names:
-        found = [column.right.get(name, (0, 0)) for column in columns.values()]
-        shares = [f"{right / asked:.1%}" if asked else "" for right, asked in found]
-        shares[-1] = "50%" if name.endswith("of two shown") else shares[-1]
-        lines.append(f"| {name} | {found[0][1]} | {' | '.join(shares)} |")
-    for name, title in {"clip_score": "CLIP score", "fid": "FID"}.items():
-        values = [getattr(column, name) for column in columns.values()]
-        if any(value is not None for value in values):
-            shown = ["" if value is None else f"{value:.2f}" for value in values]
-            lines.append(f"| {title} | | {' | '.join(shown)} |")
-    if any(column.kid for column in columns.values()):
-        shown = [f"{1000 * c.kid[0]:.2f}" if c.kid else "" for c in columns.values()]
-        lines.append(f"| KID x 1000 | | {' | '.join(shown)} |")
-    return "\n".join(lines)
+def chance(judges: Judges, images: list[np.ndarray], captions: list[str]) -> Report:
+    """Pictures under each other's captions; of two that happen to be shown there are too few."""
+    found = report.evaluate(judges, images, [*captions[1:], captions[0]])
+    right = {n: counts for n, counts in found.right.items() if not n.endswith("of two shown")}
+    return replace(found, right=right)
 
 
 def main(bench: Bench) -> None:
-    judges = report.Judges.read(EMBEDDED_CLIP, bench.inception)
+    judges = Judges.read(EMBEDDED_CLIP, bench.inception)
     for split in bench.splits:
         scenes = EmojiScenes(f"emoji_scenes:{split}")
+        if 2 * bench.count > len(scenes):
+            raise UserError(
+                f"count {bench.count} is over {len(scenes) // 2}: half of {scenes.ref} are "
+                "prompts, and the other half what they are compared with"
+            )
         images, captions = report.read_all(scenes, bench.count)
         # Real scenes that are neither those nor seen in training, as a measure of distances.
         others, _ = report.read_all(scenes, bench.count, last=True)
@@ -95,13 +90,17 @@ def main(bench: Bench) -> None:
             made, prompts = report.read_all(report.open_pictures(str(folder)), bench.count)
         assert prompts == captions
         columns = {
-            "samples": report.evaluate(judges, made, captions, others),
-            "real scenes": report.evaluate(judges, images, captions, others),
-            "chance": report.evaluate(judges, images, [*captions[1:], captions[0]]),
+            "samples": report.evaluate(judges, made, captions, others, progress=True),
+            "real scenes": report.evaluate(judges, images, captions, others, progress=True),
+            "chance": chance(judges, images, captions),
         }
         print(f"\n{split}: {bench.count} prompts, {bench.steps} steps, guidance {bench.guidance}\n")
-        print(table(columns))
+        print(report.table(columns))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Bench, description=__doc__))
+    try:
+        main(tyro.cli(Bench, description=__doc__))
+    except UserError as error:
+        print(f"quality: {error}", file=sys.stderr)
+        sys.exit(2)

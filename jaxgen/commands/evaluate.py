@@ -1,15 +1,22 @@
 """`jaxgen evaluate`: how well pictures show what was asked for."""
 
 import dataclasses
+import platform
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from tyro.conf import Positional
 
 from jaxgen import config, terminal
 from jaxgen.refs import EMBEDDED_CLIP
 from jaxgen.types import UserError
+
+if TYPE_CHECKING:
+    from jaxgen.evaluation.report import Judges, Report
+
+HELD = "emoji_scenes:validation"
 
 
 @dataclass(frozen=True)
@@ -20,49 +27,78 @@ class Evaluate:
 
     jaxgen evaluate foxes --json foxes.json
 
-    jaxgen evaluate emoji_scenes:test --count 500      # real scenes: the ceiling
+    jaxgen evaluate foxes emoji_scenes:test --count 64      # beside real scenes: the ceiling
+
+    jaxgen evaluate foxes --against emoji_scenes:validation     # KID, too
 
     Pictures of 64x64 are judged on what their captions say in the words of emoji_scenes: subjects,
     style, background, what lies where. All have a CLIP score, which means nothing for what the CLIP
-    has not learned: the embedded model's knows emoji_scenes alone. With `--inception` they are
-    compared with other pictures as a whole (FID, KID).
+    has not learned: the embedded model's knows emoji_scenes alone. Nor is it independent of the
+    embedded model, whose text encoder began as that CLIP's. With `--against` pictures are compared
+    with others as a whole: by KID in the CLIP's image features, which is not the KID of papers, and
+    with `--inception` by FID and KID.
     """
 
-    source: Positional[str]
-    """A folder that `jaxgen sample` filled, or any source of training data."""
+    sources: Positional[tuple[str, ...]]
+    """Folders that `jaxgen sample` filled, or any sources of training data; a column each."""
     json: Path | None = None
     """A file for the figures; one that is there is replaced."""
     count: int | None = None
-    """How many pictures, the first ones; all by default."""
+    """How many pictures of each, the first ones; all by default."""
     clip: Path = EMBEDDED_CLIP
     """A folder of transformers' CLIPModel; by default the embedded model's."""
     inception: Path | None = None
     """InceptionV3 in safetensors, as train/port_inception.py makes it."""
-    against: str = "emoji_scenes:validation"
-    """Real pictures for FID and KID; the last of them, as many as are evaluated."""
+    against: str | None = None
+    """Real pictures to compare with; the last of them, as many as are evaluated. With --inception,
+    emoji_scenes:validation by default."""
 
     def run(self) -> None:
         """Reads the judges, then the pictures; prints."""
         from jaxgen.evaluation import report  # slow to import
 
+        against = self.against or (HELD if self.inception else None)
+        if not self.sources:
+            raise UserError("there is nothing to evaluate; name a folder of samples")
         if self.json is not None and (
             self.json.is_dir() or not self.json.absolute().parent.is_dir()
         ):
             raise UserError(f"--json {self.json} is no place for a file")
-        if self.inception is not None and self.against == self.source:
-            raise UserError(f"--against {self.against} would compare pictures with themselves")
+        if against in self.sources:
+            raise UserError(f"--against {against} would compare pictures with themselves")
         terminal.use_compile_cache()
         with terminal.notices_after():
             judges = report.Judges.read(self.clip, self.inception)
-            images, captions = report.read_all(report.open_pictures(self.source), self.count)
-            real: list[np.ndarray] = []
-            if self.inception is not None:
-                source = report.open_pictures(self.against)
-                real, _ = report.read_all(source, min(len(images), len(source)), last=True)
-            found = report.evaluate(judges, images, captions, real)
+            found = {ref: self._judged(ref, judges, against) for ref in self.sources}
         print(report.table(found))
         if self.json is not None:
-            made_with = {"source": self.source, "clip": str(self.clip)}
-            if self.inception is not None:
-                made_with |= {"inception": str(self.inception), "against": self.against}
-            config.write_json(self.json, made_with | dataclasses.asdict(found))
+            config.write_json(self.json, self._record(found, against))
+
+    def _judged(self, ref: str, judges: "Judges", against: str | None) -> "Report":
+        """One source, and as many real pictures as it has."""
+        from jaxgen.evaluation import report
+
+        images, captions = report.read_all(report.open_pictures(ref), self.count, progress=True)
+        real = []
+        if against is not None:
+            others = report.open_pictures(against)
+            most = min(len(images), len(others))
+            real, _ = report.read_all(others, most, last=True, progress=True)
+        return report.evaluate(judges, images, captions, real, progress=True)
+
+    def _record(self, found: "dict[str, Report]", against: str | None) -> dict[str, Any]:
+        """What was measured, of what, and by what."""
+        from jaxgen.evaluation import report
+
+        record: dict[str, Any] = {"clip": str(self.clip)}
+        if against is not None:
+            record["against"] = against
+        if self.inception is not None:
+            record["inception"] = str(self.inception)
+        versions = {name: version(name) for name in ("jaxgen", "jax", "flax", "numpy", "pillow")}
+        record["versions"] = {"python": platform.python_version(), **versions}
+        record["sources"] = {
+            ref: {"made_with": report.made_with(ref, each.pictures), **dataclasses.asdict(each)}
+            for ref, each in found.items()
+        }
+        return record

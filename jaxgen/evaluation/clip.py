@@ -4,7 +4,7 @@ Any folder of transformers' CLIPModel serves (safetensors), such as the `clip` t
 `tasks.contrastive` ends with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from jaxgen import config, trees
 from jaxgen.data.tokenizer import Tokenizer
@@ -107,25 +108,37 @@ def _shapes(flat: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {rename.to_key(path): tuple(leaf.shape) for path, leaf in flat.items()}
 
 
-def embed_images(clip: Clip, images: Sequence[np.ndarray]) -> np.ndarray:
+def embed_images(clip: Clip, images: Sequence[np.ndarray], progress: bool = False) -> np.ndarray:
     """Pictures uint8 [H, W, 3] of any sizes -> unit vectors float32 [B, P]."""
-    side = clip.vision.config.image_size
-    return _in_batches(
-        partial(_see, clip.params, vision=clip.vision), [_resized(image, side) for image in images]
-    )
+    see = partial(_see, clip.params, vision=clip.vision)
+    resized = partial(_resized, side=clip.vision.config.image_size)
+    return _in_batches(see, images, resized, progress)
 
 
 def embed_texts(clip: Clip, texts: Sequence[str]) -> np.ndarray:
     """Texts, cut where the tokenizer's length ends -> unit vectors float32 [B, P]."""
-    rows = [tokens_of(clip.tokenizer, text) for text in texts]
-    return _in_batches(partial(_read, clip.params, text=clip.text), rows)
+    read = partial(_read, clip.params, text=clip.text)
+    return _in_batches(read, texts, partial(tokens_of, clip.tokenizer))
 
 
 def clip_score(clip: Clip, images: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
     """100 max(cos, 0) of each picture and its text, float32 [B] (Hessel et al. 2021, w = 100)."""
     _check_pairs(images, texts)
-    cosines = (embed_images(clip, images) * embed_texts(clip, texts)).sum(-1)
-    return 100 * np.maximum(cosines, 0)
+    return score_of(embed_images(clip, images), embed_texts(clip, texts))
+
+
+def score_of(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """The same, of what `embed_images` and `embed_texts` made, [B, P] each."""
+    return 100 * np.maximum((images * texts).sum(-1), 0)
+
+
+def for_kid(images: np.ndarray) -> np.ndarray:
+    """What `embed_images` made, [B, P], as features for `distances.kid`.
+
+    They are made as long as the root of P, so that x.y / P in its kernel is a cosine; between unit
+    vectors the kernel would hardly differ from a straight line, and compare means alone.
+    """
+    return images * np.float32(np.sqrt(images.shape[1]))
 
 
 def retrieval(clip: Clip, images: Sequence[np.ndarray], texts: Sequence[str]) -> dict[str, float]:
@@ -156,14 +169,17 @@ def _resized(image: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(picture.crop((left, top, left + side, top + side)))
 
 
-def _in_batches(embed: Any, rows: Sequence[np.ndarray]) -> np.ndarray:
+def _in_batches(
+    embed: Any, rows: Sequence[Any], prepare: Callable[[Any], np.ndarray], progress: bool = False
+) -> np.ndarray:
     """Batches of one size, so that one program serves all: the last is filled up."""
     if not rows:
         raise UserError("there is nothing to embed")
     size = min(BATCH, len(rows))
     found = []
-    for start in range(0, len(rows), size):
-        batch = np.stack(rows[start : start + size])
+    starts = range(0, len(rows), size)
+    for start in tqdm(starts, "CLIP", unit="batch", leave=False, disable=not progress):
+        batch = np.stack([prepare(row) for row in rows[start : start + size]])
         room = ((0, size - len(batch)), *((0, 0),) * (batch.ndim - 1))
         found.append(np.asarray(embed(np.pad(batch, room)))[: len(batch)])
     return np.concatenate(found)

@@ -63,7 +63,7 @@ def kid(
 def kid_difference(
     a: np.ndarray, b: np.ndarray, real: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """How much farther from `real` [M, D] the rows of `a` are than those of `b`, both [N, D], by KID.
+    """How much farther from `real` [M, D] the rows of `a` [N, D] are than those of `b` [N, D].
 
     Row i of both belongs together, as pictures of one prompt and noise do, and one set is drawn for
     both: what is common to them is no error of the difference.
@@ -114,7 +114,7 @@ def _across(a: np.ndarray, b: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.nd
 
 
 def _sums(a: np.ndarray, b: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Sums of the kernel over rows of [N, D] and [M, D], drawn x [R, N] and y [R, M] times -> [R]."""
+    """Sums of the kernel over rows [N, D] and [M, D], drawn x [R, N] and y [R, M] times -> [R]."""
     total = np.zeros(len(x))
     for start in range(0, len(a), AT_ONCE):
         some = slice(start, start + AT_ONCE)

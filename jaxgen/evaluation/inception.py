@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from jaxgen import trees
 from jaxgen.load import read_params
@@ -160,7 +161,7 @@ def read(path: Path) -> Params:
     return read_params({"inception": tensors})["inception"]
 
 
-def features(params: Params, images: Sequence[np.ndarray]) -> np.ndarray:
+def features(params: Params, images: Sequence[np.ndarray], progress: bool = False) -> np.ndarray:
     """What the network sees in pictures uint8 [H, W, 3] of any sizes, float32 [N, 2048].
 
     Raises:
@@ -174,7 +175,8 @@ def features(params: Params, images: Sequence[np.ndarray]) -> np.ndarray:
             raise UserError(f"a picture is {what} and should be uint8 [height, width, 3]")
     size = min(BATCH, len(images))
     found = []
-    for start in range(0, len(images), size):
+    starts = range(0, len(images), size)
+    for start in tqdm(starts, "Inception", unit="batch", leave=False, disable=not progress):
         batch = np.stack([_resized(image) for image in images[start : start + size]])
         room = ((0, size - len(batch)), *((0, 0),) * 3)  # one program serves all batches
         found.append(np.asarray(_see(params, np.pad(batch, room)))[: len(batch)])

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from jaxgen import trees
 from jaxgen.data.emoji_scenes import artwork, backgrounds
@@ -130,17 +131,19 @@ def read(folder: Path = FOLDER) -> Params:
     return read_params({"judge": tensors})["judge"]
 
 
-def look(params: Params, images: Sequence[np.ndarray]) -> list[Seen]:
+def look(params: Params, images: Sequence[np.ndarray], progress: bool = False) -> list[Seen]:
     """Judges pictures uint8 [64, 64, 3]. UserError for one of another shape."""
     for image in images:
         if image.shape != (SIDE, SIDE, 3):
             raise UserError(f"the judge sees pictures [64, 64, 3], not {list(image.shape)}")
     if not len(images):
         raise UserError("there is nothing to judge")
-    shown, boxes, colours = _in_batches(partial(_find, params["finder"]), images)
+    bars = ("finding", "naming") if progress else ("", "")
+    shown, boxes, colours = _in_batches(partial(_find, params["finder"]), images, bars[0])
     parts = [instances(*cells) for cells in zip(shown, boxes)]
     crops = [crop(image, box) for image, found in zip(images, parts) for box, _ in found]
-    names = zip(*_in_batches(partial(_name, params["namer"]), crops)) if crops else iter(())
+    name_them = partial(_name, params["namer"])
+    names = zip(*_in_batches(name_them, crops, bars[1])) if crops else iter(())
     seen = []
     for found, colour in zip(parts, colours):
         subjects = []
@@ -198,10 +201,14 @@ def _centred(images: Array) -> Array:
     return images / jnp.float32(127.5) - 1
 
 
-def _in_batches(program: partial, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """What a program makes of rows; one program serves all batches, the last is filled up."""
+def _in_batches(program: partial, rows: Sequence[np.ndarray], bar: str) -> list[np.ndarray]:
+    """What a program makes of rows; one program serves all batches, the last is filled up.
+
+    A progress bar is shown where it has a name.
+    """
     parts = []
-    for start in range(0, len(rows), BATCH):
+    starts = range(0, len(rows), BATCH)
+    for start in tqdm(starts, bar, unit="batch", leave=False, disable=not bar):
         batch = np.stack(rows[start : start + BATCH])
         room = ((0, BATCH - len(batch)), *((0, 0),) * 3)
         parts.append([np.asarray(a)[: len(batch)] for a in program(np.pad(batch, room))])

@@ -1,20 +1,33 @@
 """What `jaxgen evaluate` says of pictures, as data and as a table."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from jaxgen.data.examples import BadExample, Source
 from jaxgen.data.folder import METADATA, Folder
 from jaxgen.data.sources import open_source
 from jaxgen.evaluation import distances, inception, judge, scenes
-from jaxgen.evaluation.clip import Clip, clip_score, open_clip
+from jaxgen.evaluation.clip import (
+    Clip,
+    embed_images,
+    embed_texts,
+    for_kid,
+    open_clip,
+    score_of,
+)
 from jaxgen.types import Params, UserError
 
 SAMPLES = "samples.jsonl"  # the list that `jaxgen sample` writes
-MOST = 50_000  # pictures that are held in memory at once
+SETTINGS = ("model", "sampler", "steps", "guidance", "seed", "negative", "size")  # of its lines
+MOST = 4 << 30  # bytes of pictures that are held in memory at once
+
+Distance = tuple[float, float]  # and its standard error
 
 
 @dataclass(frozen=True)
@@ -49,8 +62,8 @@ class Report:
         right: by what was asked, how often it was right, and asked (`scenes.right`).
         clip_score: mean of 100 max(cos, 0).
         fid: Fréchet distance of InceptionV3 features to those of other pictures.
-        kid: kernel distance of the same, mean and standard deviation over random halves, which is
-            no error of the mean.
+        kid: kernel distance of the same, and its standard error by the bootstrap.
+        kid_in_clip: the same of a CLIP's image features, which need no InceptionV3.
     """
 
     pictures: int
@@ -58,39 +71,61 @@ class Report:
     right: dict[str, tuple[int, int]] = field(default_factory=dict)
     clip_score: float | None = None
     fid: float | None = None
-    kid: tuple[float, float] | None = None
+    kid: Distance | None = None
+    kid_in_clip: Distance | None = None
 
 
 def open_pictures(ref: str) -> Source:
     """A folder that `jaxgen sample` filled, or any source of training data."""
-    folder = Path(ref)
-    if (folder / SAMPLES).is_file() and not (folder / METADATA).is_file():
-        return Folder(folder, listing=SAMPLES)
-    return open_source(ref)
+    return Folder(Path(ref), listing=SAMPLES) if _is_sampled(ref) else open_source(ref)
+
+
+def made_with(ref: str, count: int) -> dict[str, list[Any]]:
+    """How the first pictures of a folder of `jaxgen sample` were made, each value once.
+
+    Nothing for other sources. The folder is one that `open_pictures` has read.
+    """
+    if not _is_sampled(ref):
+        return {}
+    written = (Path(ref) / SAMPLES).read_text("utf-8-sig").split("\n")
+    lines = [json.loads(line) for line in written if line.strip()][:count]
+    values = {
+        name: dict.fromkeys(json.dumps(line[name]) for line in lines if name in line)
+        for name in SETTINGS
+    }
+    return {name: [json.loads(value) for value in some] for name, some in values.items() if some}
+
+
+def _is_sampled(ref: str) -> bool:
+    return (Path(ref) / SAMPLES).is_file() and not (Path(ref) / METADATA).is_file()
 
 
 def read_all(
-    source: Source, count: int | None, last: bool = False
+    source: Source, count: int | None, last: bool = False, progress: bool = False
 ) -> tuple[list[np.ndarray], list[str]]:
     """The first pictures of a source, or its last, all without a count; and their captions.
 
     Raises:
         UserError: for more than there are or fit in memory, and for a bad one, by name.
     """
-    most = min(len(source), MOST)
-    if count is None and len(source) > MOST:
-        raise UserError(f"{source.ref} has {len(source)} pictures: name a count, up to {MOST}")
-    count = most if count is None else count
-    if not 0 < count <= most:
-        raise UserError(f"count {count} is not from 1 to {most}")
+    count = len(source) if count is None else count
+    if not 0 < count <= len(source):
+        raise UserError(f"count {count} is not from 1 to {len(source)}, which {source.ref} has")
     first = len(source) - count if last else 0
-    try:
-        examples = [source.read(first + i) for i in range(count)]
-    except BadExample as error:
-        raise UserError(str(error)) from None
-    if "image" not in examples[0]:
-        raise UserError(f"{source.ref} holds latents, not pictures")
-    return [example["image"] for example in examples], [example["caption"] for example in examples]
+    images, captions, room = [], [], MOST
+    for i in tqdm(range(count), f"reading {source.ref}", leave=False, disable=not progress):
+        try:
+            example = source.read(first + i)
+        except BadExample as error:
+            raise UserError(str(error)) from None
+        if "image" not in example:
+            raise UserError(f"{source.ref} holds latents, not pictures")
+        images.append(example["image"])
+        captions.append(example["caption"])
+        room -= images[-1].nbytes
+        if room < 0:
+            raise UserError(f"{source.ref}: {i} pictures fill the memory: name a count up to {i}")
+    return images, captions
 
 
 def evaluate(
@@ -98,34 +133,67 @@ def evaluate(
     images: Sequence[np.ndarray],
     captions: Sequence[str],
     against: Sequence[np.ndarray] = (),
+    progress: bool = False,
 ) -> Report:
     """Judges pictures uint8 [H, W, 3] by their captions, and all of them against other pictures."""
     fit = [i for i, image in enumerate(images) if image.shape == (judge.SIDE, judge.SIDE, 3)]
     right: scenes.Shares = {}
     if fit:
-        right = scenes.right(judges.judge, [images[i] for i in fit], [captions[i] for i in fit])
-    score = None
+        shown, said = [images[i] for i in fit], [captions[i] for i in fit]
+        right = scenes.right(judges.judge, shown, said, progress)
+    score = distance = kernel = in_clip = None
     if judges.clip is not None:
-        score = float(clip_score(judges.clip, images, captions).mean())
-    if judges.inception is None or not len(against):
-        return Report(len(images), len(fit), right, score)
-    ours, theirs = (inception.features(judges.inception, some) for some in (images, against))
-    distance, kernel = distances.fid(ours, theirs), distances.kid(ours, theirs)
-    return Report(len(images), len(fit), right, score, distance, kernel)
+        seen = embed_images(judges.clip, images, progress)
+        score = float(score_of(seen, embed_texts(judges.clip, captions)).mean())
+        if len(against):
+            real = embed_images(judges.clip, against, progress)
+            in_clip = distances.kid(for_kid(seen), for_kid(real))
+    if judges.inception is not None and len(against):
+        ours, theirs = (
+            inception.features(judges.inception, some, progress) for some in (images, against)
+        )
+        distance, kernel = distances.fid(ours, theirs), distances.kid(ours, theirs)
+    return Report(len(images), len(fit), right, score, distance, kernel, in_clip)
 
 
-def table(report: Report) -> str:
-    """The figures as a table in Markdown."""
-    lines = [f"| {report.pictures} pictures | right | of |", "|---|---|---|"]
-    for name, (right, asked) in report.right.items():
-        lines.append(f"| {name} | {right / asked:.1%} | {asked} |")
-    if report.clip_score is not None:
-        lines.append(f"| CLIP score | {report.clip_score:.2f} | |")
-    if report.fid is not None:
-        lines.append(f"| FID | {report.fid:.2f} | |")
-    if report.kid is not None:
-        mean, spread = report.kid
-        lines.append(f"| KID x 1000, and its spread | {1000 * mean:.2f}, {1000 * spread:.2f} | |")
-    if report.judged < report.pictures:
-        lines.append(f"\n{report.pictures - report.judged} are not of 64x64, and were not judged.")
+def table(columns: Mapping[str, Report]) -> str:
+    """The figures of one or more sets of pictures as a table in Markdown, a column each.
+
+    How often something was asked stands once, and in the cell of a set where it differs. What
+    stands behind ± is a standard error.
+    """
+    reports = list(columns.values())
+    lines = [f"| | asked | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    lines.append(_row("pictures", "", [str(each.pictures) for each in reports]))
+    for name in sorted({name for each in reports for name in each.right}, key=scenes.order):
+        counted = [each.right.get(name, (0, 0)) for each in reports]
+        first = counted[0][1]
+        cells = [
+            f"{right / asked:.1%}" + f" of {asked}" * (asked != first) if asked else ""
+            for right, asked in counted
+        ]
+        lines.append(_row(name, str(first), cells))
+    for title, cells in {
+        "CLIP score": [_shown(each.clip_score) for each in reports],
+        "FID": [_shown(each.fid) for each in reports],
+        "KID x 1000": [_with_error(each.kid) for each in reports],
+        "KID x 1000 in CLIP features": [_with_error(each.kid_in_clip) for each in reports],
+    }.items():
+        if any(cells):
+            lines.append(_row(title, "", cells))
+    unfit = sum(each.pictures - each.judged for each in reports)
+    if unfit:
+        lines.append(f"\n{unfit} are not of 64x64, and were not judged.")
     return "\n".join(lines)
+
+
+def _row(title: str, asked: str, cells: Sequence[str]) -> str:
+    return f"| {title} | {asked} | {' | '.join(cells)} |"
+
+
+def _shown(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.2f}"
+
+
+def _with_error(distance: Distance | None) -> str:
+    return "" if distance is None else f"{1000 * distance[0]:.2f} ± {1000 * distance[1]:.2f}"

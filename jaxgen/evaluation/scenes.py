@@ -12,27 +12,30 @@ from jaxgen.types import Params
 
 AXES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis, sign
 SIDES = {"left of": "left or right", "right of": "left or right"}  # the others: above or below
+ALONE = "asked subjects alone"
 
 Shares = dict[str, tuple[int, int]]  # by what was asked: how often it was right, and asked
 
 
-def right(params: Params, images: Sequence[np.ndarray], captions: Sequence[str]) -> Shares:
+def right(
+    params: Params, images: Sequence[np.ndarray], captions: Sequence[str], progress: bool = False
+) -> Shares:
     """Counts what is right in pictures uint8 [64, 64, 3], each of which has a caption.
 
     By what was asked: `subject, head` and so on, once for each subject that a caption names, right
-    where the picture shows it; `all subjects` of a caption; `nothing else`, right where the picture
-    shows no subject beside those; `style`, right where all that is shown has it; `background`, its
-    colour; `left or right` and `above or below`, right where both subjects are shown and the
-    middles of their boxes lie so; the same `of two shown`, asked of pictures that show both. What
-    no caption says is absent.
+    where the picture shows it; `all subjects` of a caption; `asked subjects alone`, right where the
+    picture shows at least one of those and no other; `style`, right where all that is shown has it;
+    `background`, its colour; `left or right` and `above or below`, right where both subjects are
+    shown and the middles of their boxes lie so; the same `of two shown`, asked of pictures that
+    show both. What no caption says is absent.
     """
     asked: Counter[str] = Counter()
     found: Counter[str] = Counter()
-    for seen, caption in zip(judge.look(params, images), captions):
+    for seen, caption in zip(judge.look(params, images, progress), captions):
         for name, is_right in verdicts(said.read(caption), seen):
             asked[name] += 1
             found[name] += is_right
-    return {name: (found[name], asked[name]) for name in sorted(asked, key=_order)}
+    return {name: (found[name], asked[name]) for name in sorted(asked, key=order)}
 
 
 def verdicts(claim: said.Said, seen: Seen) -> list[tuple[str, bool]]:
@@ -41,7 +44,7 @@ def verdicts(claim: said.Said, seen: Seen) -> list[tuple[str, bool]]:
     shown = [(f"subject, {artwork.load().subjects[n].group}", n in boxes) for n in claim.subjects]
     if claim.subjects:
         shown.append(("all subjects", boxes.keys() >= set(claim.subjects)))
-        shown.append(("nothing else", boxes.keys() <= set(claim.subjects)))
+        shown.append((ALONE, bool(boxes) and boxes.keys() <= set(claim.subjects)))
     if claim.style:
         styles = {each.style for each in seen.found}
         shown.append(("style", styles == {claim.style}))
@@ -58,7 +61,8 @@ def verdicts(claim: said.Said, seen: Seen) -> list[tuple[str, bool]]:
     return shown
 
 
-def _order(name: str) -> tuple[int, str]:
+def order(name: str) -> tuple[int, str]:
+    """By which the names of what was asked are sorted: subjects first, relations last."""
     names = [*(f"subject, {group}" for group in artwork.GROUPS), "all subjects"]
-    names += ["nothing else", "style", "background"]
+    names += [ALONE, "style", "background"]
     return (names.index(name) if name in names else len(names), name)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +13,9 @@ from jaxgen.data.emoji_scenes import artwork, said
 from jaxgen.data.emoji_scenes.longtail import SPLITS
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 from jaxgen.evaluation import judge, report, scenes
+from jaxgen.evaluation.clip import embed_images, for_kid, open_clip
+from jaxgen.evaluation.distances import kid
+from jaxgen.refs import EMBEDDED_CLIP
 from jaxgen.types import UserError
 from train import judge as training
 
@@ -33,7 +37,7 @@ def test_what_is_shown_where_it_is_said_is_right():
     assert right(caption, shown) == (
         [
             *["subject, head"] * 2,
-            *["all subjects", "nothing else", "style", "background"],
+            *["all subjects", "asked subjects alone", "style", "background"],
             *["left or right", "left or right, of two shown"],
         ],
         [],
@@ -48,8 +52,10 @@ def test_what_is_shown_where_it_is_said_is_right():
 def test_a_subject_that_is_not_shown_lies_nowhere():
     assert right("a red apple left of an owl", {"red apple": LEFT, "fox": RIGHT}) == (
         ["subject, head"],
-        ["subject, head", "all subjects", "nothing else", "left or right"],
+        ["subject, head", "all subjects", "asked subjects alone", "left or right"],
     )
+    assert "asked subjects alone" in right("a red apple left of an owl", {"owl": LEFT})[0]
+    assert "asked subjects alone" in right("a red apple", {})[1]  # where there is nothing
     assert right("a view of Paris", {"fox": LEFT}) == ([], [])
 
 
@@ -110,24 +116,76 @@ def evaluate(*arguments):
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
-    evaluate("emoji_scenes:test", "--count", "8", "--json", str(tmp_path / "found.json"))
+    both = ("emoji_scenes:test", "emoji_scenes:held")
+    more = ("--against", "emoji_scenes:validation", "--json", str(tmp_path / "found.json"))
+    evaluate(*both, "--count", "8", *more)
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["source"] == "emoji_scenes:test"
-    right, asked = found["right"]["all subjects"]
-    assert f"| all subjects | {right / asked:.1%} | {asked} |" in printed
-    assert f"| CLIP score | {found['clip_score']:.2f} | |" in printed
+    assert found["against"] == "emoji_scenes:validation"
+    assert found["versions"]["jax"] == jax.__version__
+    test, held = (found["sources"][ref] for ref in both)
+    assert "| | asked | emoji_scenes:test | emoji_scenes:held |" in printed
+    (one, asked), (other, _) = (each["right"]["all subjects"] for each in (test, held))
+    assert asked == 8
+    assert f"| all subjects | 8 | {one / 8:.1%} | {other / 8:.1%} |" in printed
+    assert f"| CLIP score |  | {test['clip_score']:.2f} | {held['clip_score']:.2f} |" in printed
+    assert test["fid"] is None
+    value, error = test["kid_in_clip"]
+    assert (
+        f"| KID x 1000 in CLIP features |  | {1000 * value:.2f} ± {1000 * error:.2f} |" in printed
+    )
+
+
+def counted(**right):
+    return report.Report(10, 10, {name.replace("_", " "): n for name, n in right.items()})
+
+
+def test_a_count_stands_in_a_cell_where_it_is_another():
+    columns = {"ours": counted(style=(3, 4)), "real": counted(style=(1, 5), background=(2, 2))}
+    assert report.table(columns).splitlines() == [
+        "| | asked | ours | real |",
+        "|---|---|---|---|",
+        "| pictures |  | 10 | 10 |",
+        "| style | 4 | 75.0% | 20.0% of 5 |",
+        "| background | 0 |  | 100.0% of 2 |",
+    ]
+
+
+def test_kid_in_clip_features_is_near_zero_for_scenes_of_one_kind_and_not_of_two():
+    clip = open_clip(EMBEDDED_CLIP)
+    test = EmojiScenes("emoji_scenes:test")
+    scenes = [test.read(i) for i in range(192)]
+    seen = for_kid(embed_images(clip, [scene["image"] for scene in scenes]))
+    np.testing.assert_allclose((seen * seen).sum(1) / seen.shape[1], 1, rtol=1e-5)
+    distance, error = kid(seen[::2], seen[1::2])
+    assert abs(distance) < 3 * error
+    line_art = np.array([scene["style"] == "line art" for scene in scenes])
+    distance, error = kid(seen[line_art], seen[~line_art])
+    assert distance > 5 * error
 
 
 def test_a_folder_of_samples_is_read_by_its_list(tmp_path):
     Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / "00000.png")
-    line = json.dumps({"file_name": "00000.png", "text": "a fox"})
-    (tmp_path / "samples.jsonl").write_text(line + "\n")
-    images, captions = report.read_all(report.open_pictures(str(tmp_path)), None)
+    how = {"model": "mini", "steps": 20, "guidance": 4.0}
+    lines = [{"file_name": "00000.png", "text": "a fox"} | how | {"seed": i} for i in (1, 1, 2, 3)]
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert report.made_with(str(tmp_path), 3) == {
+        "model": ["mini"], "steps": [20], "guidance": [4.0], "seed": [1, 2],
+    }  # fmt: skip
+    assert report.made_with("emoji_scenes:test", 3) == {}
+    images, captions = report.read_all(report.open_pictures(str(tmp_path)), 1)
     assert captions == ["a fox"]
     found = report.evaluate(report.Judges.read(), images, captions)
     assert found == report.Report(pictures=1, judged=0)  # too large
-    assert "1 are not of 64x64" in report.table(found)
+    assert "1 are not of 64x64" in report.table({"samples": found})
+
+
+def test_no_more_pictures_are_read_than_fit_in_memory(monkeypatch):
+    monkeypatch.setattr(report, "MOST", 3 * 64 * 64 * 3)
+    source = EmojiScenes("emoji_scenes:test")
+    assert len(report.read_all(source, 3)[0]) == 3
+    with pytest.raises(UserError, match="emoji_scenes:test: 3 pictures fill the memory"):
+        report.read_all(source, None)
 
 
 def test_a_picture_that_is_gone_is_named(tmp_path):
@@ -139,7 +197,7 @@ def test_a_picture_that_is_gone_is_named(tmp_path):
 BAD = {
     "no folder": (["nowhere"], "nowhere"),
     "too many": (["emoji_scenes:held", "--count", "3001"], "count 3001 is not from 1 to 3000"),
-    "too many to hold": (["emoji_scenes"], "name a count, up to 50000"),
+    "nothing": ([], "there is nothing to evaluate"),
     "itself": (
         ["emoji_scenes:test", "--inception", "x", "--against", "emoji_scenes:test"],
         "compare pictures with themselves",
