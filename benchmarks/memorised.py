@@ -24,6 +24,7 @@ from tqdm import tqdm
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 from jaxgen.data.images import grid
 from jaxgen.evaluation import report
+from jaxgen.types import UserError
 
 AT_ONCE = 1000  # training scenes
 PAIRS = 8  # that are shown
@@ -68,23 +69,40 @@ def nearest(pictures: np.ndarray, train: EmojiScenes, count: int) -> tuple[np.nd
     return np.sqrt(np.square(pictures.astype(np.float64) - own).mean((1, 2, 3))), which
 
 
-def main(bench: Bench) -> None:
-    if bench.count < PAIRS:
-        sys.exit(f"--count {bench.count} is not from {PAIRS}, the nearest pairs that are shown")
-    train, test = EmojiScenes("emoji_scenes"), EmojiScenes("emoji_scenes:test")
-    made, _ = report.read_all(report.open_pictures(bench.samples), bench.count)
-    real = [test.read(i)["image"] for i in range(bench.count)]
-    pictures = np.stack([*made, *real])
-    distances, which = nearest(pictures, train, bench.scenes)
-    print(f"{bench.count} samples, {bench.count} test scenes, {bench.scenes} training scenes\n")
-    print("| distance to the nearest training scene | least | 5 % | median | 95 % |")
-    print("|---|---|---|---|---|")
-    ours, theirs = distances[: bench.count], distances[bench.count :]
+def both(bench: Bench) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Samples, and the real test scenes whose captions were their prompts."""
+    made, prompts = report.read_all(report.open_pictures(bench.samples), bench.count)
+    real, captions = report.read_all(EmojiScenes("emoji_scenes:test"), bench.count)
+    for i, (prompt, caption) in enumerate(zip(prompts, captions)):
+        if prompt != caption:
+            raise UserError(
+                f"{bench.samples}: prompt {i} is {prompt[:60]!r}, and test scene {i} is of "
+                f"{caption[:60]!r}; were they sampled by quality.py?"
+            )
+    return made, real
+
+
+def table(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """Distances of samples and of test scenes, in Markdown."""
+    lines = ["| distance to the nearest training scene | least | 5 % | median | 95 % |"]
+    lines.append("|---|---|---|---|---|")
     for name, some in (("samples", ours), ("test scenes", theirs)):
         shown = " | ".join(f"{q:.1f}" for q in np.percentile(some, (0, 5, 50, 95)))
-        print(f"| {name} | {shown} |")
+        lines.append(f"| {name} | {shown} |")
     closer = (ours < theirs.min()).mean()
-    print(f"\nsamples nearer to a training scene than every test scene is: {closer:.1%}")
+    lines.append(f"\nsamples nearer to a training scene than every test scene is: {closer:.1%}")
+    return "\n".join(lines)
+
+
+def main(bench: Bench) -> None:
+    if bench.count < PAIRS:
+        raise UserError(f"count {bench.count} is not from {PAIRS}, the pairs that are shown")
+    train = EmojiScenes("emoji_scenes")
+    pictures = np.stack([picture for some in both(bench) for picture in some])
+    distances, which = nearest(pictures, train, bench.scenes)
+    print(f"{bench.count} samples, {bench.count} test scenes, {bench.scenes} training scenes\n")
+    ours, theirs = distances[: bench.count], distances[bench.count :]
+    print(table(ours, theirs))
     order = ours.argsort()[:PAIRS]
     below = np.stack([train.read(int(which[i]))["image"] for i in order])
     rows = np.stack(
@@ -99,4 +117,8 @@ def main(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Bench, description=__doc__))
+    try:
+        main(tyro.cli(Bench, description=__doc__))
+    except UserError as error:
+        print(f"memorised: {error}", file=sys.stderr)
+        sys.exit(2)
