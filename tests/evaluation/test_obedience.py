@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxgen.evaluation import obedience
+from jaxgen.data.emoji_scenes.scenes import EmojiScenes
+from jaxgen.evaluation import judge, obedience
 from jaxgen.evaluation.judge import Found, Seen
 
 
@@ -49,3 +50,15 @@ def test_what_the_judge_sees_as_labels():
     seen = Seen([Found(6, "flat", (0.0, 0.0, 0.1, 0.1), mask)], "blue")
     assert (obedience.labels(seen) == 7).sum() == 20
     assert (obedience.labels(seen) == 0).sum() == 32 * 32 - 20
+
+
+def test_the_judge_sees_where_subjects_are_in_real_scenes():
+    source = EmojiScenes("emoji_scenes:test_even", columns=("segmentation",))
+    scenes = [source.read(i) for i in range(64)]
+    wanted = [obedience.cells(scene["segmentation"].astype(np.int32)) for scene in scenes]
+    seen = judge.look(judge.read(), [scene["image"] for scene in scenes])
+    found = [obedience.labels(one) for one in seen]
+    assert obedience.mean_iou(found, wanted) > 0.6
+    assert obedience.mean_iou(found, [*wanted[1:], wanted[0]]) < 0.1  # by chance
+    # Whatever they are called: subjects apart from the background.
+    assert obedience.mean_iou([f > 0 for f in found], [w > 0 for w in wanted]) > 0.8
