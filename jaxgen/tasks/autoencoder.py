@@ -1,6 +1,6 @@
 """Learning the autoencoder: pixels to latents and back."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,6 +16,8 @@ from jaxgen.models.vae import VAE
 from jaxgen.tasks import base
 from jaxgen.tasks.base import Batch, Example, Metrics, Task
 from jaxgen.types import Array, Params, UserError, at_least_float32, full_precision
+
+PICTURES = 64  # at least, whose latents are scaled to unit variance: few differ from the rest
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,22 @@ def picture_alone(example: Example, rng: np.random.Generator) -> Example:
     return {"image": example["image"]}
 
 
-def scaled(model: Model, params: Params, batch: Example, learned: Collection[str]) -> Model:
-    """The model with the scaling factor that gives latents of these pictures unit variance.
+def scaled(
+    model: Model, params: Params, batches: Iterator[Example], learned: Collection[str]
+) -> Model:
+    """The model with the scaling factor that gives latents of some pictures unit variance.
 
     What a UNet is trained on later (Rombach et al. 2022, appendix G). Where the latents are what
     they were, because only the decoder learned, so is their scale, which a UNet may know.
     """
     if not any(path.startswith(base.ENCODERS["vae"]) for path in learned):
         return model
-    mean, std = jax.jit(model.vae.posterior)(params["vae"], unit(batch["image"]))
-    spread = jnp.sqrt(jnp.var(mean) + jnp.mean(jnp.square(std)))
-    config = replace(model.vae.config, scaling_factor=float(1 / spread))
+    posterior, seen, moments = jax.jit(model.vae.posterior), 0, []
+    while seen < PICTURES:
+        images = next(batches)["image"]
+        mean, std = posterior(params["vae"], unit(images))
+        moments.append((float(mean.mean()), float((jnp.square(mean) + jnp.square(std)).mean())))
+        seen += len(images)
+    first, second = np.mean(moments, 0)
+    config = replace(model.vae.config, scaling_factor=float(1 / np.sqrt(second - first**2)))
     return replace(model, vae=replace(model.vae, config=config))

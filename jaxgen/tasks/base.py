@@ -2,7 +2,7 @@
 
 import re
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from jaxgen.weights.files import Tensors
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 Example = dict[str, Any]
-Finished = Callable[[Model, Params, Example, Collection[str]], Model]
+Finished = Callable[[Model, Params, Iterator[Example], Collection[str]], Model]
 
 # What a cache holds is made by these parameters: of the VAE, what decodes may be another.
 ENCODERS = {"vae": ("vae/encoder/", "vae/quant_conv/"), "text_encoder": ("text_encoder/",)}
@@ -39,8 +39,9 @@ class Task(NamedTuple):
     loss: Callable[[Params, Batch, Array], tuple[Array, Metrics]]  # parameters, batch, key
     example: Callable[[Example, np.random.Generator], Example]  # on the host, before batches
     columns: tuple[str, ...] = ()  # of the data, beside image and caption
-    # What is saved, once these paths have learned; reads a last batch. Latents are scaled here.
-    finished: Finished = lambda model, params, batch, learned: model
+    # What is saved, once these paths have learned; may read the last batch, and what would come
+    # after it. Latents are scaled here.
+    finished: Finished = lambda model, params, batches, learned: model
     dropout: float = 0.0  # of captions, by the data, unless these say another share
     cached: bool = False  # whether it learns from what `jaxgen cache` stored as from pictures
 

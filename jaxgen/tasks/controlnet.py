@@ -114,7 +114,7 @@ def _follow(residuals: int, params: Params, batch: Batch) -> dict[str, Any]:
     return {"controls": (Control(hint, jnp.ones((1, residuals))),)}
 
 
-def _finished(model: Model, params: Params, batch: Example, learned: Any) -> Model:
+def _finished(model: Model, params: Params, batches: Any, learned: Any) -> Model:
     """What is saved adds to everything: links that have not learned add nothing."""
     (net,) = model.controls
     return replace(model, controls=(replace(net, middle_only=False),))

@@ -1,6 +1,7 @@
 """The one loop: every task, from its first step or from where it was stopped."""
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -262,7 +263,8 @@ class Run:
             learned = trees.flatten(self.state.learned)
             try:
                 params = setup.as_read(self.recipe, self.task, self.tensors, learned, params)
-                model = self.task.finished(self.task.model, params, self.rows, learned)
+                batches = itertools.chain([self.rows], self.data)
+                model = self.task.finished(self.task.model, params, batches, learned)
                 names = (*PARTS, *control_names(len(model.controls)), "clip")
                 parts = {name: params[name] for name in names if name in params}
                 result.write(model, parts, self.model_folder, self.recipe.steps)

@@ -183,17 +183,22 @@ def test_the_critic_and_the_copies_each_get_their_own_gradient(sure):
 
 
 def test_latents_get_unit_variance_in_the_end():
+    """Of all pictures of some batches, each of which has a brightness of its own."""
     task, params = open_tiny(Autoencoder(model=TINY))
-    model = task.finished(task.model, params, {"image": IMAGES}, ["vae/quant_conv/bias"])
-    noise = RNG.standard_normal((4, 8, 8, 4), np.float32)
-    latents = model.vae.encode(params["vae"], IMAGES.astype(np.float32) / 127.5 - 1, noise)
-    assert abs(float(latents.std()) - 1) < 0.1
+    brighter = np.linspace(0, 1, 16)[:, None, None, None, None]
+    pictures = (IMAGES * brighter + 255 * (1 - brighter)).astype(np.uint8)  # [16, 4, ...]
+    batches = ({"image": images} for images in pictures)
+    model = task.finished(task.model, params, batches, ["vae/quant_conv/bias"])
+    assert next(batches, None) is None, "all 64 are needed"
+    noise = RNG.standard_normal((64, 8, 8, 4), np.float32)
+    images = pictures.reshape(-1, *IMAGES.shape[1:]).astype(np.float32) / 127.5 - 1
+    assert abs(float(model.vae.encode(params["vae"], images, noise).std()) - 1) < 0.02
 
 
 def test_latents_that_have_not_changed_keep_their_scale():
     task, params = open_tiny(Autoencoder(model=TINY, learn=("vae/decoder/",)))
     learned = [path for path in trees.flatten(params) if task.learns(path)]
-    model = task.finished(task.model, params, {"image": IMAGES}, learned)
+    model = task.finished(task.model, params, iter([{"image": IMAGES}]), learned)
     assert model.vae.config == task.model.vae.config
 
 
