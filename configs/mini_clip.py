@@ -1,10 +1,11 @@
 """The embedded model's CLIP: its text encoder, and the image encoder that goes with it.
 
-    jaxgen train configs/mini_clip.py
+    jaxgen train configs/mini_clip.py --task.model runs/mini_vae/model
 
-The second part; it needs no other. Learned from nothing on the scenes of emoji_scenes by finding
-which caption of a batch belongs to which picture (Radford et al. 2021). Numbers are the project's
-own. Half an hour on two cores.
+The second part. It reads pictures, not latents, but the model that it ends with holds the
+autoencoder of the one it starts from: without `--task.model` that is a random one, of no use to the
+UNet. Learned from nothing on the scenes of emoji_scenes by finding which caption of a batch belongs
+to which picture (Radford et al. 2021). Numbers are the project's own. Half an hour on two cores.
 """
 
 from pathlib import Path

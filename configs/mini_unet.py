@@ -1,9 +1,9 @@
 """The embedded model's UNet, and a text encoder of its own.
 
-    jaxgen train configs/mini_unet.py
+    jaxgen train configs/mini_unet.py --task.model runs/mini_clip/model
 
-The last part: it denoises the latents of the model that it starts from, the embedded one, or one
-that is made anew (`--task.model runs/mini_clip/model`). The text encoder learns on, since telling
+The last part: it denoises the latents of the model that it starts from, one that is made anew, or,
+without `--task.model`, the embedded one. The text encoder learns on, since telling
 left from right is little use to a contrast of captions. The loss is of v, unweighted: what a scene
 shows, and where, is decided while noise prevails, to which Min-SNR weights would give little. The
 rate is constant and the average long, so that a run can go on for as long as there is time
