@@ -3,11 +3,14 @@
     python train/judge.py --out jaxgen/assets/judge
 
 Scenes of seeds that nothing else uses, rare and held subjects as often as the others. Half of them
-are blurred or noisy, as what an autoencoder makes may be. Some 15 minutes of two CPU cores.
+are blurred or noisy, as what an autoencoder makes may be. Some 15 minutes of two CPU cores. Weights
+that are there are replaced in the end, and the card beside them stays.
 """
 
 import itertools
-import shutil
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,8 +29,7 @@ from jaxgen.data.emoji_scenes import artwork, backgrounds
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 from jaxgen.evaluation import judge
 from jaxgen.parts import released
-from jaxgen.save import check_new
-from jaxgen.types import Array, Params
+from jaxgen.types import Array, Params, UserError
 from jaxgen.weights import files
 
 SPLITS = (*("validation_even",) * 5, "held")  # in turn: 150 subjects, and 30
@@ -44,7 +46,7 @@ class Options:
     """What to train."""
 
     out: Path
-    """A new or empty folder."""
+    """A folder for the weights."""
     steps: int = 800
     """Of the finder; the namer takes three times as many, of twice as many examples."""
     batch: int = 32
@@ -192,7 +194,7 @@ def learn(loss: Loss, params: Params, batches: Iterator[dict], steps: int, rate:
 
 
 def main(options: Options) -> None:
-    check_new(options.out)
+    check_place(options.out)
     params = judge.init(jax.random.key(0))
     found = learn(
         finding, params["finder"], scenes(options.batch), options.steps, options.learning_rate
@@ -203,14 +205,29 @@ def main(options: Options) -> None:
     write({"finder": found, "namer": named}, options.out)
 
 
+def check_place(folder: Path) -> None:
+    """Makes the folder; UserError, before an hour of work, where one may not write."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {folder}: one may not write there")
+
+
 def write(params: Params, folder: Path) -> None:
-    """float16, all or nothing."""
-    scratch = folder.with_name(f".{folder.name}-unfinished")
-    shutil.rmtree(scratch, ignore_errors=True)
+    """float16; read once as a whole before it takes the place of what is there."""
     halves = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), params)
-    files.save_folder(scratch, judge.STEM, released(halves))
-    scratch.rename(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
+        files.save_folder(Path(scratch), judge.STEM, released(halves))
+        judge.read(Path(scratch))
+        for path in Path(scratch).iterdir():  # one file, as it is small
+            path.replace(folder / path.name)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except UserError as error:
+        print(f"judge: {error}", file=sys.stderr)
+        sys.exit(2)

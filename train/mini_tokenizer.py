@@ -3,9 +3,10 @@
     python train/mini_tokenizer.py
 
 Byte-pair encoding (Sennrich et al. 2016) as CLIP has it: 256 bytes, the same at the end of a word,
-merges in the order they were learned, start and end. Every word of a caption becomes one token (but
-that digits stand alone, as in CLIP); other words are spelled by their parts. Writes
-`jaxgen/assets/mini/tokenizer`.
+merges in the order they were learned, start and end. Every word of a caption becomes one token, but
+that digits stand alone, as in CLIP, and that hyphens do: words are counted here with their hyphens,
+where CLIP's pattern splits them, so that some merges never serve and "jack-o-lantern" is spelled by
+its parts. So are other words. Writes `jaxgen/assets/mini/tokenizer`.
 """
 
 import itertools

@@ -2,11 +2,13 @@
 
     python train/ship_mini.py runs/mini_unet/model --clip runs/mini_clip/model/clip
 
-All of it or nothing: it is whole, and read once, before it takes the place of what ships. Without
-`--clip` the one that ships stays.
+All of it or nothing: it is whole, and read once, before it takes the place of what ships, or of
+`--out`. Without `--clip` the one that is there stays; what is not there, the card and the licence
+among it, comes from the embedded model.
 """
 
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ class Options:
     clip: Path | None = None
     """The CLIP folder of a run of configs/mini_clip.py."""
     out: Path = EMBEDDED
+    """A folder that is replaced; its card and licence stay."""
 
 
 def halve(array: jax.Array | np.ndarray) -> np.ndarray:
@@ -52,20 +55,36 @@ def halve_clip(folder: Path, out: Path) -> None:
             shutil.copy(path, out / path.name)
 
 
+def kept(options: Options, name: str) -> Path:
+    """A file or folder of what is replaced, or else of the embedded model."""
+    mine = options.out / name
+    return mine if mine.exists() else EMBEDDED / name
+
+
 def main(options: Options) -> None:
     model, params = load(options.model)
-    with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=".mini-") as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
-        save(model, jax.tree.map(halve, params), new)
-        halve_clip(options.clip or options.out / "clip", new / "clip")
-        open_model(new), open_clip(new / "clip")
-        for name in ("README.md", "LICENSE"):
-            if (options.out / name).is_file():
-                shutil.copy(options.out / name, new / name)
-        if options.out.exists():
-            options.out.rename(old)
-        new.rename(options.out)
+    out = options.out
+    if out.exists() and not (out / "model_index.json").is_file() and any(out.iterdir()):
+        raise UserError(f"{out} is no model folder to be replaced; name a new one")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".mini-") as scratch:
+            new, old = Path(scratch) / "new", Path(scratch) / "old"
+            save(model, jax.tree.map(halve, params), new)
+            halve_clip(options.clip or kept(options, "clip"), new / "clip")
+            open_model(new), open_clip(new / "clip")
+            for name in ("README.md", "LICENSE"):
+                shutil.copy(kept(options, name), new / name)
+            if out.exists():
+                out.rename(old)
+            new.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except UserError as error:
+        print(f"ship_mini: {error}", file=sys.stderr)
+        sys.exit(2)
