@@ -28,14 +28,15 @@ class Data:
     """emoji_scenes: one to three real emoji on coloured backgrounds, 64x64 pixels."""
     out: Path
     """A new or empty folder for the pictures."""
-    split: str = "train"
-    """train, validation or test; with _even behind, rare subjects are as frequent; or held."""
+    split: str | None = None
+    """train (the default), validation or test; with _even behind the last two, rare subjects are as
+    frequent; or held."""
     count: int = 1000
     """Scenes to write: the first of the split."""
     seed: int = 0
     """Another one gives other scenes."""
     subject: str | None = None
-    """Views of this subject alone, in any style, size and turn, instead of scenes."""
+    """Views of this subject alone, in any style, size and turn, instead of scenes of a split."""
 
     def run(self) -> None:
         """All of it or nothing."""
@@ -46,8 +47,12 @@ class Data:
 
         if self.name != emoji_scenes.NAME:
             raise UserError(f"no data {self.name[:80]!r}; there is {emoji_scenes.NAME}")
+        if self.subject is not None and self.split is not None:
+            raise UserError(
+                f"--split {self.split[:40]} is of scenes; --subject has none, leave one"
+            )
         check_new(self.out)
-        ref = f"{self.name}:{self.split}"
+        ref = f"{self.name}:{self.split or 'train'}"
         if self.subject is not None:
             source: Source = SubjectViews(self.subject, self.seed)
         else:

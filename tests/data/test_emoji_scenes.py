@@ -290,6 +290,12 @@ def test_views_show_one_subject_in_many_ways():
     for wrong in ("zebu", 180, -1):
         with pytest.raises(UserError, match="no subject"):
             views(wrong, 0, 1)
+    for key in (-1, 1 << 63):
+        with pytest.raises(UserError, match=f"seed {key} is not from 0"):
+            views("zebra", key, 1)
+    for count in (0, -1):
+        with pytest.raises(UserError, match=f"count {count} is not"):
+            views("zebra", 0, count)
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -371,6 +377,17 @@ def test_the_command_writes_a_folder(tmp_path, monkeypatch, capsys):
         np.testing.assert_array_equal(folder[i]["image"], source[i]["image"])
 
 
+def test_the_command_writes_views_of_a_subject(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data("emoji_scenes", "--out", "out", "--subject", "owl", "--count", "3", "--seed", "4")
+    assert "3 views are in out" in capsys.readouterr().out
+    folder, shown = open_source("out", "", ("mask",)), views("owl", 4, 3)
+    for i in range(3):
+        np.testing.assert_array_equal(folder[i]["image"], shown.images[i])
+        np.testing.assert_array_equal(folder[i]["mask"] > 0, shown.masks[i])
+        assert folder[i]["caption"] == shown.captions[i]
+
+
 BAD = {
     "an unknown name": (["emojis"], "no data 'emojis'; there is emoji_scenes"),
     "an unknown split": (["--split", "all"], "its splits are train,"),
@@ -378,6 +395,11 @@ BAD = {
     "too many": (["--split", "test", "--count", "10001"], "count 10001 is not from 1 to 10000"),
     "no number": (["--count", "ten"], "no whole number"),
     "a negative seed": (["--seed", "-1"], "seed -1"),
+    "a negative seed of views": (["--subject", "owl", "--seed", "-1"], "seed -1"),
+    "a seed of views that is too large": (["--subject", "owl", "--seed", str(1 << 63)], "seed 92"),
+    "a split of views": (["--subject", "owl", "--split", "train"], "--subject has none"),
+    "an unknown subject": (["--subject", "owls"], "no subject 'owls'"),
+    "no view": (["--subject", "owl", "--count", "0"], "count 0 is not from 1 to 1000"),
     "a folder in use": (["--out", "used"], "used exists already"),
     "a file": (["--out", "used/file"], "used/file exists already"),
 }

@@ -75,8 +75,7 @@ class EmojiScenes(Source):
         self.split = ref.removeprefix(NAME).removeprefix(":") or "train"
         if self.split not in SPLITS:
             raise UserError(f"{ref[:80]}: its splits are {', '.join(SPLITS)}")
-        if not 0 <= seed < 1 << 63:
-            raise UserError(f"seed {seed} is not from 0 to 2**63 - 1")
+        check_seed(seed)
         self._caption = caption
         self._pictures = [name for name in columns if name in PICTURES]
         there = self._render(self.scene(0), 0)
@@ -172,6 +171,12 @@ class EmojiScenes(Source):
             "pattern": scene.pattern,
             "relations": list(scene.relations),
         } | {name: drawn[name]() for name in self._pictures}
+
+
+def check_seed(seed: int) -> None:
+    """UserError for a seed that no generator here takes."""
+    if not 0 <= seed < 1 << 63:
+        raise UserError(f"seed {seed} is not from 0 to 2**63 - 1")
 
 
 @cache

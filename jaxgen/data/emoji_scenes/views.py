@@ -7,7 +7,7 @@ from PIL import Image
 
 from jaxgen.data.emoji_scenes import artwork, backgrounds, captions, drawing
 from jaxgen.data.emoji_scenes.backgrounds import SIDE
-from jaxgen.data.emoji_scenes.scenes import alike
+from jaxgen.data.emoji_scenes.scenes import alike, check_seed
 from jaxgen.data.examples import Example, Source
 from jaxgen.types import UserError
 
@@ -31,11 +31,15 @@ def views(subject: int | str, key: int, count: int) -> Views:
 
     Args:
         subject: number or name; held ones too.
-        key: from 0 to 2**63 - 1.
+        key: a seed, from 0 to 2**63 - 1.
+        count: from 1.
 
     Raises:
-        UserError: for a subject that there is not.
+        UserError: for a subject that there is not, or another key or count.
     """
+    check_seed(key)
+    if count < 1:
+        raise UserError(f"count {count} is not a whole number from 1")
     art = artwork.load()
     number = art.number(subject) if isinstance(subject, str) else subject
     if not 0 <= number < len(art.subjects):
@@ -72,10 +76,11 @@ class SubjectViews(Source):
         seed: another one gives other views.
 
     Raises:
-        UserError: for a subject that there is not.
+        UserError: for a subject that there is not, or such a seed.
     """
 
     def __init__(self, name: str, seed: int = 0):
+        check_seed(seed)
         self.number, self.seed = artwork.load().number(name), seed
         self.ref = f"views of {name}"
 
@@ -94,7 +99,11 @@ class SubjectViews(Source):
 
 
 def _turned(art: Image.Image, rng: np.random.Generator) -> np.ndarray:
-    """A sprite at an angle, its longer side 24 to 56 pixels."""
+    """A sprite at an angle, its longer side 24 to 56 pixels.
+
+    That is the side of what the turned sprite lies in, corners and all: what is visible of it may
+    be shorter.
+    """
     if rng.random() < 0.5:
         art = art.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     angle = rng.uniform(-TURN, TURN) if rng.random() < 0.75 else 0.0
