@@ -1,6 +1,7 @@
 """The model that ships: whole, small, the zoo's, and diffusers' to read."""
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import diffusers
@@ -10,9 +11,11 @@ import torch
 
 import jaxgen
 from jaxgen import cli, zoo
+from jaxgen.data.emoji_scenes import said
 from jaxgen.load import open_model
 from jaxgen.refs import ASSETS, EMBEDDED
 from jaxgen.types import UserError
+from sample import demo
 
 PROMPT = "a red apple left of an owl, flat style, on a blue background"
 
@@ -74,6 +77,31 @@ def test_a_prompt_of_unknown_words_simply_samples(tmp_path):
     arguments = ["a dinosaur in Reykjavík", "--steps", "2", "--out", str(tmp_path / "out")]
     cli.main(["sample", *arguments])
     assert (tmp_path / "out" / "00000.png").is_file()
+
+
+def test_the_demo_samples_its_prompts(tmp_path, monkeypatch, capsys):
+    """As `make demo` does, but here, of one prompt, once, in a single step."""
+    for prompt in demo.PROMPTS:
+        asked = said.read(prompt)
+        assert asked.subjects
+        assert asked.style
+        assert asked.colour
+
+    def run(command):
+        words = command[3:]
+        for name in ("--count", "--batch"):
+            words[words.index(name) + 1] = "1"
+        cli.main([*words, "--steps", "1"])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:1])
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SystemExit) as stop:
+        demo.main()
+    assert stop.value.code == 0
+    assert {"00000.png", "grid.png", "samples.jsonl"} == {p.name for p in Path("demo").iterdir()}
+    assert f'$ jaxgen sample "{demo.PROMPTS[0]}"' in capsys.readouterr().out
 
 
 def test_damaged_weights_are_named(tmp_path, monkeypatch, capsys):
