@@ -7,10 +7,10 @@ BIN := .venv/bin
 demo: .venv/core.stamp  ## a grid of pictures, from a model that is in the repository
 	$(BIN)/python sample/demo.py
 
-test: .venv/test.stamp lint  ## lint, types and every test but the full-size ones
+test: .venv/test.stamp lint  ## lint, types and every test but the slow ones
 	$(BIN)/python -m pytest -n 2
 
-test-slow: .venv/test.stamp  ## full-size SD 1.5 and SD 2.1-v against PyTorch; 16 GB and some minutes
+test-slow: .venv/test.stamp  ## full-size SD 1.5 and SD 2.1-v against PyTorch, rebuilds of the embedded model; 16 GB
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m slow
 
 lint: .venv/test.stamp
