@@ -47,15 +47,17 @@ def test_a_model_is_put_together_in_half_precision_with_what_ships_around_it(tmp
     assert content(tmp_path / "new" / "mini").keys() == content(EMBEDDED).keys()
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["mini"]  # nothing else is left
 
-    card = tmp_path / "new" / "mini" / "README.md"
-    card.write_text("mine")
-    ship_mini.main(ship_mini.Options(EMBEDDED, out=tmp_path / "new" / "mini"))
-    assert card.read_text() == "mine"
+
+def test_what_is_replaced_keeps_its_card(tmp_path):
+    options = ship_mini.Options(EMBEDDED, out=tmp_path)
+    assert ship_mini.kept(options, "README.md") == EMBEDDED / "README.md"
+    (tmp_path / "README.md").write_text("mine")
+    assert ship_mini.kept(options, "README.md") == tmp_path / "README.md"
 
 
 def test_a_folder_that_is_no_model_is_not_replaced(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is no model folder to be replaced"):
+    with pytest.raises(UserError, match="exists already; name a new or empty folder"):
         ship_mini.main(ship_mini.Options(EMBEDDED, out=tmp_path))
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

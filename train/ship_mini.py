@@ -21,6 +21,7 @@ from jaxgen import load, save
 from jaxgen.evaluation.clip import open_clip
 from jaxgen.load import open_model
 from jaxgen.refs import EMBEDDED
+from jaxgen.save import check_new
 from jaxgen.types import UserError
 from jaxgen.weights import files
 
@@ -39,7 +40,8 @@ class Options:
 
 def halve(array: jax.Array | np.ndarray) -> np.ndarray:
     """float16; UserError for a number that it cannot hold."""
-    half = np.asarray(array).astype(np.float16)
+    with np.errstate(over="ignore"):
+        half = np.asarray(array).astype(np.float16)
     if not np.isfinite(half).all():
         raise UserError("a weight is too large for float16")
     return half
@@ -62,10 +64,10 @@ def kept(options: Options, name: str) -> Path:
 
 
 def main(options: Options) -> None:
-    model, params = load(options.model)
     out = options.out
-    if out.exists() and not (out / "model_index.json").is_file() and any(out.iterdir()):
-        raise UserError(f"{out} is no model folder to be replaced; name a new one")
+    if not (out / "model_index.json").is_file():
+        check_new(out)
+    model, params = load(options.model)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".mini-") as scratch:

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tyro.conf import Positional
 
 from jaxgen import config, terminal
@@ -79,7 +80,7 @@ class Evaluate:
         from jaxgen.evaluation import report
 
         images, captions = report.read_all(report.open_pictures(ref), self.count, progress=True)
-        real = []
+        real: list[np.ndarray] = []
         if against is not None:
             others = report.open_pictures(against)
             most = min(len(images), len(others))
