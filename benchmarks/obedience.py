@@ -8,13 +8,15 @@ scene's own hint and without; beside them the real scenes, and real scenes under
 (chance). Edges are found in all of them by the same annotator, emoji_scenes' own, and compared to a
 pixel, near the subjects alone, since no hint tells of a background's stripes: with those of the
 real scene, and with the ink of the hint. Segmentation is the judge's, which learned from real
-scenes alone, at its cells of two pixels. KID x 1000 is against held scenes, and what control
-changes of it has a bootstrap's standard error. Ten minutes on two cores. With `--curve` the figures
+scenes alone, at its cells of two pixels. KID is against other scenes that no training sees, in the
+image features of the embedded CLIP, and with `--inception` in InceptionV3's; what control changes
+of it has the bootstrap's standard error. Ten minutes on two cores. With `--curve` the figures
 of a run's checkpoints as it learned, not averaged, of as many as it kept. Prints Markdown.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +30,8 @@ import jaxgen
 from jaxgen.data.annotators import maps
 from jaxgen.data.emoji_scenes import drawing
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
-from jaxgen.evaluation import judge, obedience
+from jaxgen.evaluation import clip, distances, inception, judge, obedience, report
+from jaxgen.refs import EMBEDDED_CLIP
 from jaxgen.types import Params
 
 MARGIN = 2  # pixels around a subject within which edges count
@@ -106,6 +109,8 @@ class Bench:
     guidance: float = 4.0
     scale: float = 1.0
     batch: int = 20
+    inception: Path | None = None
+    """InceptionV3 in safetensors, as train/port_inception.py makes it, for KID as in papers."""
     curve: Path | None = None
     """The folder of a finished run of the one control that is named; it was told to --keep many."""
 
@@ -136,11 +141,27 @@ def sampled(bench: Bench, loaded: tuple, captions: list, hints: list) -> list:
     return list(made)
 
 
+Features = Callable[[list], np.ndarray]  # of pictures, [N, D], for KID
+
+
+def features(bench: Bench) -> dict[str, Features]:
+    """What KID is measured in, by name."""
+    eyes = clip.open_clip(EMBEDDED_CLIP)
+    found: dict[str, Features] = {
+        "KID x 1000 in CLIP features": lambda images: clip.for_kid(clip.embed_images(eyes, images))
+    }
+    if bench.inception is not None:
+        found["KID x 1000"] = partial(inception.features, inception.read(bench.inception))
+    return found
+
+
 def table(bench: Bench, truth: Truth, judges: Params) -> None:
-    """All figures of all controls, with, without, of real scenes and by chance."""
+    """All figures of all controls, with, without, of real scenes and by chance; then KID."""
     print("| | with | without | real scenes | chance | with / real |\n|---|---|---|---|---|---|")
     plain = sampled(bench, jaxgen.load(bench.model), truth.captions, [])
     others = [*truth.images[1:], truth.images[0]]
+    held, _ = report.read_all(EmojiScenes("emoji_scenes:test"), bench.count, last=True)
+    kids = []
     for control in bench.controls:
         name, _, ref = control.partition("=")
         loaded = jaxgen.load(bench.model, control=[ref or name])
@@ -150,6 +171,13 @@ def table(bench: Bench, truth: Truth, judges: Params) -> None:
             found = [figure(images, truth, judges) for images in shown]
             cells = [f"{one:.3f}" for one in found] + [f"{found[0] / found[2]:.1%}"]
             print(f"| {name}: {what} | {' | '.join(cells)} |", flush=True)
+        for what, see in features(bench).items():
+            with_, without, real = (see(images) for images in (made, plain, held))
+            more, error = distances.kid_difference(with_, without, real)
+            values = [distances.kid(some, real)[0] for some in (with_, without)] + [more, error]
+            kids.append(f"| {name}: {what} | {' | '.join(f'{1000 * v:.2f}' for v in values)} |")
+    print("\n| | with | without | with - without | standard error |\n|---|---|---|---|---|")
+    print("\n".join(kids))
 
 
 def curve(bench: Bench, truth: Truth, judges: Params, run: Path) -> None:
