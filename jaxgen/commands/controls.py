@@ -36,9 +36,8 @@ def _control(text: str, span: tuple[float, float]) -> tuple[str, Hint]:
     if not equals or not ref or not rest:
         raise UserError(f"--control {text} is not REF=FILE, as in edges=drawing.png@0.8")
     annotator, file, scale = _source(rest)
-    picture = read_image(Path(file))
-    if annotator:
-        picture = annotators.ANNOTATORS[annotator](picture)
+    path = Path(file)
+    picture = annotators.annotate(annotator, path) if annotator else read_image(path)
     name = f"{ref}={annotator}:{file}" if annotator else f"{ref}={file}"
     return ref, Hint(picture, scale, span, name)
 
@@ -49,12 +48,12 @@ def _source(rest: str) -> tuple[str, str, float]:
     if not colon or _is_file(rest) or _is_file(rest.rpartition("@")[0]):
         return "", *_scaled(rest)
     file, scale = _scaled(inner)
-    if name in annotators.ANNOTATORS:
+    if name in annotators.NAMES:
         return name, file, scale
     if _is_file(file):
-        close = difflib.get_close_matches(name, annotators.ANNOTATORS, 1)
+        close = difflib.get_close_matches(name, annotators.NAMES, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        names = ", ".join(annotators.ANNOTATORS)
+        names = ", ".join(annotators.NAMES)
         raise UserError(f"--control: no annotator {name!r} (there are {names}){hint}")
     return "", *_scaled(rest)
 

@@ -21,7 +21,9 @@ Picture = Path | bytes | np.ndarray  # a file, its content, or pixels
 
 MASKS = ("mask",)  # read as bool [H, W], white is True
 LABELS = ("segmentation",)  # read as integers [H, W]
-PICTURES = ("image", *MASKS, *LABELS, "hint", "original", "input_image", "edited")
+NUMBERS = ("1", "L", "P", "I", "I;16")  # Pillow's modes of pixels that may be labels
+PHOTOS = ("image", "original", "input_image", "edited")  # what is drawn, or edited
+PICTURES = (*PHOTOS, *MASKS, *LABELS, "hint")
 CAPTIONS = ("text", "caption")  # where no column is named, the first of these that is there
 ENDINGS = ("_file_name", "_image")  # the column `hint_file_name` is the picture `hint`
 EXIF_ORIENTATION = 0x0112
@@ -187,7 +189,7 @@ def decode(picture: Picture, column: str, name: str, least: int | None = None) -
         ImageOps.exif_transpose(file, in_place=True)
         file.load()
         if column in LABELS:
-            if file.mode not in ("1", "L", "P", "I", "I;16"):
+            if file.mode not in NUMBERS:
                 raise BadExample(name, f"{column!r} holds colours, not the numbers of labels")
             return np.array(file)
         plain = file.mode == "RGB" and not file.has_transparency_data

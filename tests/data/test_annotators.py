@@ -5,7 +5,7 @@ import builtins
 import numpy as np
 import pytest
 
-from jaxgen.data.annotators import ANNOTATORS, maps, pose
+from jaxgen.data.annotators import ANNOTATORS, maps, networks, pose
 from jaxgen.data.hints import fit, is_labels
 from jaxgen.types import UserError
 
@@ -57,16 +57,35 @@ def test_small_things_have_lines_too(name):
     assert ANNOTATORS[name](picture)[240:276, 240:276].max() == 255
 
 
+def plane(across=0.5, down=0.25, side=64):
+    """Depth that rises evenly, and as a colour the normal of it: Sobel makes 8 of each step."""
+    y, x = np.mgrid[:side, :side].astype(np.float32)
+    normal = np.array([8 * across, 8 * down, 2 * np.pi])
+    return across * x + down * y, 127.5 + 127.5 * normal / np.linalg.norm(normal)
+
+
 def test_normals_of_a_slope():
-    """Depth that rises by 1 / 64 a pixel: Sobel makes it 8 / 64 beside z = 2 pi."""
-    near = np.tile(np.arange(65) / 64, (65, 1)).astype(np.float32)
-    found = maps.normals(near)[20:40, 20:40].astype(np.float64) / 127.5 - 1
-    expected = np.array([8 / 64, 0, 2 * np.pi])
-    np.testing.assert_allclose(found.mean((0, 1)), expected / np.linalg.norm(expected), atol=0.01)
-    far = maps.normals(near)[:, 2]
-    assert (
-        np.abs(far.astype(int) - (127, 127, 255)) <= 1
-    ).all()  # nearer than a tenth: it faces us
+    """Of depth as it is, whose steps mean something, or scaled to a range that does."""
+    near, colour = plane()
+    for depth, relief in ((near, None), (near + 900, None), (near / 7 - 1, near.max())):
+        found = maps.normals(depth, relief=relief)
+        assert np.abs(found[20:40, 20:40] - colour).max() <= 1
+        assert np.abs(found[2, 2].astype(int) - (127, 127, 255)).max() <= 1  # far: it faces us
+    steep, _ = plane(500, 0)
+    assert np.abs(maps.normals(steep)[30, 30].astype(int) - (255, 127, 127)).max() <= 1
+    assert np.abs(maps.normals(np.full((8, 8), 3.0)).astype(int) - (127, 127, 255)).max() <= 1
+
+
+@pytest.mark.parametrize("of", [96, 384], ids=["the network's size", "the picture's size"])
+def test_normals_of_a_photo_are_of_the_networks_depth(of, monkeypatch):
+    """Which is brought to the size that slopes are measured at, whatever the photo's."""
+    near, colour = plane(side=384)
+    near = maps.Image.fromarray(near).resize((of, of), maps.Image.Resampling.BILINEAR)
+    answer = {"predicted_depth": np.asarray(near)[None]}
+    monkeypatch.setattr(networks, "_estimator", lambda model, name: lambda picture: answer)
+    found = ANNOTATORS["normal"](np.zeros((768, 768, 3), np.uint8))
+    assert found.shape == (768, 768, 3)
+    assert np.abs(found[300:500, 300:500] - colour).max() <= 2
 
 
 def test_depth_is_scaled_and_resized():
@@ -100,6 +119,10 @@ def test_maps_of_labels_are_resized_to_the_nearest_and_drawings_smoothly():
     assert {tuple(c) for c in resized.reshape(-1, 3).tolist()} <= known
     drawing, _ = square()
     assert not is_labels(drawing)
+    greys = maps.ADE20K_FILES[np.random.default_rng(0).choice([0, 1, 7, 9], (10, 12))]
+    assert is_labels(greys)
+    assert set(fit(greys, 30, 17).ravel().tolist()) <= set(greys.ravel().tolist())
+    assert not is_labels(np.arange(9, dtype=np.uint8)[None, :, None].repeat(3, 2))
     assert len(np.unique(fit(drawing, 50, 50))) > 2
     assert fit(drawing, 96, 96) is drawing
     assert fit(drawing, 96, 96, 1).shape == (96, 96, 1)
@@ -125,6 +148,7 @@ def test_a_skeleton_is_drawn_in_openposes_colours():
     [
         ("canny", "cv2"),
         ("depth", "transformers"),
+        ("normal", "transformers"),
         ("hed", "controlnet_aux"),
         ("pose", "controlnet_aux"),
     ],

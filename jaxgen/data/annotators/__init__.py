@@ -1,15 +1,17 @@
 """Annotators: what makes the hint of a ControlNet from a picture.
 
-Each takes uint8 [H, W, 3] and gives uint8 [H, W, 3], white on black where it is of lines, as the
-released ControlNets learned to read it. `labels` colours a map of ADE20K's labels as its files are,
-and `normal` reads a picture of depth. `pose.py` draws keypoints that are known already.
+Those of photos take uint8 [H, W, 3] and give uint8 [H, W, 3], white on black where it is of lines,
+as the released ControlNets learned to read it. Others read a file, whose numbers are labels or
+depth. `pose.py` draws keypoints that are known already.
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 
-from jaxgen.data.annotators import lines, maps, networks
+from jaxgen.data.annotators import files, lines, networks
+from jaxgen.data.images import read_image
 
 Annotator = Callable[[np.ndarray], np.ndarray]
 
@@ -18,9 +20,26 @@ ANNOTATORS: Mapping[str, Annotator] = {
     "hough": lines.hough,
     "soft": lines.soft,
     "scribble": lines.scribble,
-    "labels": lambda picture: maps.segmentation(picture[..., 0].astype(int), maps.ADE20K_FILES),
-    "normal": lambda picture: maps.normals(picture.mean(-1)),
     "depth": networks.depth,
+    "normal": networks.normal,
     "hed": networks.hed,
     "pose": networks.pose,
 }
+# Of these, `normal` tells photos from pictures of depth.
+OF_FILES: Mapping[str, Callable[[Path], np.ndarray]] = {
+    "labels": files.labels,
+    "distinct": files.distinct,
+    "normal": files.normal,
+}
+NAMES = tuple(dict.fromkeys((*ANNOTATORS, *OF_FILES)))
+
+
+def annotate(name: str, file: Path) -> np.ndarray:
+    """The hint that the annotator of a name makes of a picture file, uint8 [H, W, 3].
+
+    Raises:
+        UserError: for a file that it cannot read, and packages that are not there.
+    """
+    if name in OF_FILES:
+        return OF_FILES[name](file)
+    return ANNOTATORS[name](read_image(file))

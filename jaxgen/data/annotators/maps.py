@@ -58,27 +58,38 @@ def segmentation(labels: np.ndarray, palette: np.ndarray = ADE20K) -> np.ndarray
 
 def depth(near: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
     """Inverse depth, float [H, W], of any scale -> uint8 [*size, 3]: the nearest is white."""
-    low, high = float(near.min()), float(near.max())
-    share = (near - low) / (high - low) if high > low else np.zeros_like(near)
+    share = _share(near)
     if size is not None and size != near.shape:
-        picture = Image.fromarray(share.astype(np.float32))
+        picture = Image.fromarray(share)
         share = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC)).clip(0, 1)
     return np.repeat(np.round(255 * share).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def normals(near: np.ndarray, cut: float = 0.1) -> np.ndarray:
+def normals(near: np.ndarray, cut: float = 0.1, relief: float | None = None) -> np.ndarray:
     """Normals of a surface from inverse depth, float [H, W] -> uint8 [H, W, 3].
 
-    x, y and z as red, green and blue, 128 is zero. As the released ControlNet's: slopes by Sobel
-    over depth scaled to 0..1, z = 2 pi; what is farther than `cut` faces the viewer.
+    x, y and z as red, green and blue, 128 is zero. As the released ControlNet's were made: x and y
+    are slopes by Sobel, 8 times what depth rises by from one pixel to the next, beside z = 2 pi.
+
+    Args:
+        cut: what is farther than this, of depth scaled to 0..1, faces the viewer.
+        relief: what the range of depth, from the farthest to the nearest, counts for. By default
+            depth is taken as it is, as MiDaS gives it: hundreds to thousands. What is scaled to
+            0..1 needs it, or all of it faces the viewer.
     """
     from scipy import ndimage  # half a second, which other commands need not wait
 
-    low, high = float(near.min()), float(near.max())
-    share = (near - low) / (high - low) if high > low else np.zeros_like(near)
-    share = share.astype(np.float32)
-    x, y = (ndimage.sobel(share, axis, mode="mirror") for axis in (1, 0))
+    share = _share(near)
+    depth = near.astype(np.float32) if relief is None else np.float32(relief) * share
+    x, y = (ndimage.sobel(depth, axis, mode="mirror") for axis in (1, 0))
     far = share < cut
     vectors = np.stack([np.where(far, 0, x), np.where(far, 0, y), np.full_like(x, 2 * np.pi)], -1)
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.clip(vectors * 127.5 + 127.5, 0, 255).astype(np.uint8)
+
+
+def _share(near: np.ndarray) -> np.ndarray:
+    """Depth scaled to 0..1, float32 [H, W]: 1 is the nearest; zeros, where all is as near."""
+    near = near.astype(np.float32)
+    low, high = float(near.min()), float(near.max())
+    return (near - low) / (high - low) if high > low else np.zeros_like(near)

@@ -1,4 +1,4 @@
-"""Hints that need networks which are not of this house: depth, HED, pose.
+"""Hints that need networks which are not of this house: depth and its normals, HED, pose.
 
 They run in PyTorch, where it is installed, and fetch their weights from the hub as their packages
 do: only who names such an annotator asks for that.
@@ -12,21 +12,37 @@ import numpy as np
 from PIL import Image
 
 from jaxgen.data.annotators import maps
+from jaxgen.data.images import resize
 from jaxgen.types import UserError
 
 DEPTH = "Intel/dpt-hybrid-midas"
 ANNOTATORS = "lllyasviel/Annotators"
+SIDE = 384  # pixels of the shorter side, at which the released ControlNet is shown normals
 
 
 def depth(picture: np.ndarray, model: str = DEPTH) -> np.ndarray:
     """Depth by MiDaS (Ranftl et al. 2021), near is bright; by transformers."""
+    return maps.depth(_near(picture, model, "depth"), picture.shape[:2])
+
+
+def normal(picture: np.ndarray, model: str = DEPTH) -> np.ndarray:
+    """Normals of MiDaS' depth; at one size, for slopes are by the pixel."""
+    height, width = picture.shape[:2]
+    size = [round(side * SIDE / min(height, width)) for side in (width, height)]
+    near = Image.fromarray(_near(picture, model, "normal"))
+    small = np.asarray(near.resize(size, Image.Resampling.BICUBIC))
+    return resize(maps.normals(small), width, height)
+
+
+def _near(picture: np.ndarray, model: str, name: str) -> np.ndarray:
+    """Inverse depth as the network has it, float32 [h, w], of the picture's size or its own."""
     try:
-        found = _estimator(model)(Image.fromarray(picture))["predicted_depth"]
+        found = _estimator(model, name)(Image.fromarray(picture))["predicted_depth"]
     except UserError:
         raise
     except Exception as error:
-        raise _failed("depth", error) from None
-    return maps.depth(np.squeeze(np.asarray(found, np.float32)), picture.shape[:2])
+        raise _failed(name, error) from None
+    return np.squeeze(np.asarray(found, np.float32))
 
 
 def hed(picture: np.ndarray) -> np.ndarray:
@@ -51,9 +67,9 @@ def _by_package(detector: str, name: str, picture: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1)  # pictures come by the thousand
-def _estimator(model: str) -> Any:
-    _package("torch", "depth")
-    return _package("transformers", "depth").pipeline("depth-estimation", model=model)
+def _estimator(model: str, name: str) -> Any:
+    _package("torch", name)
+    return _package("transformers", name).pipeline("depth-estimation", model=model)
 
 
 @functools.lru_cache(maxsize=2)
