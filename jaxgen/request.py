@@ -297,10 +297,8 @@ def _hints(model: Model, request: Request, width: int, height: int) -> list[Hint
     for one, net in zip(wanted, nets):
         hint = one if isinstance(one, Hint) else Hint(one)
         hint.check(len(request.prompts))
-        picture = fit(hint.picture, width, height, net.config.conditioning_channels)
-        if picture.shape[-3:-1] != hint.picture.shape[-3:-1]:
-            found = "{1}x{0}".format(*hint.picture.shape[-3:])
-            images.warn_once(f"{hint.name or 'a hint'} is resized from {found} to {width}x{height}")
+        channels, name = net.config.conditioning_channels, hint.name or "a hint"
+        picture = fit(hint.picture, width, height, channels, name)
         hints.append(dataclasses.replace(hint, picture=picture))
     return hints
 

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from jaxgen.data.images import resize
+from jaxgen.data.images import resize, warn_once
 from jaxgen.types import UserError
 
-LABELS = 256  # colours at most of a picture that is taken for a map of labels
+# Colours at most of a picture that is taken for a map of labels, and greys, if there are no others:
+# of a depth, or the smoothed lines of a drawing, there are more.
+LABELS, GREYS = 256, 8
+CHANNELS = (3, 1)  # of hints that a ControlNet may read
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,18 +56,24 @@ class Hint:
             raise UserError(f"control_range {low:g},{high:g} is not 0 <= from < to <= 1")
 
 
-def fit(hint: np.ndarray, width: int, height: int, channels: int = 3) -> np.ndarray:
+def fit(hint: np.ndarray, width: int, height: int, channels: int = 3, name: str = "") -> np.ndarray:
     """A hint, uint8 [..., H, W, 3], at a size and with the channels that a ControlNet reads.
 
-    Maps of labels (coloured, and of few colours) are resized to the nearest pixel, so that no
-    colour appears that stands for nothing; other hints by Lanczos, as diffusers resizes all.
+    Maps of labels (`is_labels`) are resized to the nearest pixel, so that no colour appears that
+    stands for nothing; other hints by Lanczos, as diffusers resizes all.
+
+    Args:
+        name: under which it is said, once, that the hint is resized; without one nothing is.
 
     Raises:
         UserError: for channels that no picture has.
     """
     if hint.ndim == 4:
-        return np.stack([fit(one, width, height, channels) for one in hint])
+        return np.stack([fit(one, width, height, channels, name) for one in hint])
     if hint.shape[:2] != (height, width):
+        if name:
+            found = "{1}x{0}".format(*hint.shape)
+            warn_once(f"{name} is resized from {found} to {width}x{height}")
         near = Image.Resampling.NEAREST
         if is_labels(hint):
             hint = np.array(Image.fromarray(hint).resize((width, height), near))
@@ -78,8 +87,12 @@ def fit(hint: np.ndarray, width: int, height: int, channels: int = 3) -> np.ndar
 
 
 def is_labels(hint: np.ndarray) -> bool:
-    """Whether a picture, uint8 [H, W, 3], is a map of labels: coloured, and of few colours."""
+    """Whether a picture, uint8 [H, W, 3], is a map of labels: of few colours, or very few greys.
+
+    One in black and white alone is not: it may be a drawing, whose lines the nearest pixel breaks.
+    """
     packed = hint.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     colours = np.unique(packed)
-    grey = all(c >> 16 == (c >> 8) & 255 == c & 255 for c in colours.tolist())
-    return not grey and len(colours) <= LABELS
+    if all(c >> 16 == (c >> 8) & 255 == c & 255 for c in colours.tolist()):
+        return len(colours) <= GREYS and not np.isin(colours, (0, 0xFFFFFF)).all()
+    return len(colours) <= LABELS

@@ -38,7 +38,9 @@ class Images:
     crop: Literal["center", "random"] = "center"
     """Which part of a picture stays that is wider or higher than the size."""
     flip: bool = False
-    """Mirror every other picture, unless its caption says left or right."""
+    """Mirror every other picture and the hint beside it, unless its caption says left or right. Not
+    for columns of normals or poses, whose colours tell sides; hints that annotators make of each
+    picture stay right."""
     caption_dropout: float | None = None
     """Share of captions that are emptied, so that guidance has something to subtract; None is what
     the task asks for."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image, ImageDraw
 
-from jaxgen.data.examples import LABELS, MASKS, BadExample, Example
+from jaxgen.data.examples import LABELS, MASKS, PHOTOS, BadExample, Example
 from jaxgen.data.hints import is_labels
 
 Size = tuple[int, int]  # width, height
@@ -31,10 +31,10 @@ def resize_and_crop(
     """The example with its pictures scaled to cover `size`, and cropped to it.
 
     Scaling is by Lanczos with antialiasing, as sampling treats a picture that it starts from;
-    masks and labels by nearest neighbour, so that no value is invented. Pictures of one example may
-    be stored at different sizes of one shape. Boxes, if they are asked for, are moved along, cut at
-    the edge, and dropped with their phrases where less than a quarter stays visible; otherwise they
-    are left out, for they would be wrong.
+    masks, labels and their colours by nearest neighbour, so that no value is invented. Pictures of
+    one example may be stored at different sizes of one shape. Boxes, if they are asked for, are
+    moved along, cut at the edge, and dropped with their phrases where less than a quarter stays
+    visible; otherwise they are left out, for they would be wrong.
 
     Args:
         size: width and height wanted.
@@ -68,8 +68,11 @@ def resize_and_crop(
 
 
 def _is_flat(name: str, pixels: np.ndarray) -> bool:
-    """Whether values between those of a picture mean nothing: masks, labels, and their colours."""
-    return name in (*MASKS, *LABELS) or (name == "hint" and is_labels(pixels))
+    """Whether values between those of a picture mean nothing: masks, labels, and their colours.
+
+    These are in columns of any name, but not in those of photos, which may have few colours, too.
+    """
+    return name in (*MASKS, *LABELS) or (name not in PHOTOS and is_labels(pixels))
 
 
 def pictures(example: Example, columns: Iterable[str]) -> list[str]:

@@ -158,7 +158,7 @@ def check_samples(recipe: Train, model: Model) -> None:
 def sampling(recipe: Train) -> dict[str, Any]:
     """How samples are drawn: the fields of a request, without its prompts."""
     wanted, size = recipe.samples, recipe.data.size
-    hints = [fit(read_image(path), size, size) for path in wanted.hints]
+    hints = [fit(read_image(path), size, size, name=str(path)) for path in wanted.hints]
     hints *= len(wanted.prompts) if len(hints) == 1 else 1
     return {
         "steps": wanted.steps,

@@ -76,6 +76,14 @@ def test_masks_labels_hints_and_boxes_follow_the_picture(random, flip, factor):
         np.testing.assert_allclose([x0, y0, x1, y1], found, atol=1)
 
 
+def test_coloured_labels_keep_their_colours_in_a_column_of_any_name():
+    labels = np.array([[200, 0, 0], [0, 90, 0], [0, 0, 70]], np.uint8)[rng().integers(0, 3, (9, 9))]
+    made = crop({"image": labels, "map": labels}, (30, 30), columns=("map",))
+    colours = lambda pixels: {tuple(c) for c in pixels.reshape(-1, 3).tolist()}  # noqa: E731
+    assert colours(made["map"]) == colours(labels)
+    assert len(colours(made["image"])) > 3  # smooth, as every picture that is drawn
+
+
 def test_a_nearest_mask_equals_resizing_and_cropping_the_whole():
     mask = rng().random((60, 90)) < 0.5
     whole = Image.fromarray(mask.astype(np.uint8)).resize((45, 30), Image.Resampling.NEAREST)

@@ -171,6 +171,15 @@ def test_a_run_ends_with_a_model_and_its_controlnet_and_another_goes_on_from_it(
         assert np.array_equal(leaf, found["controlnet"][name].numpy()), path
 
 
+def test_hints_of_samples_are_resized_and_that_is_said_once(data, caplog):
+    hint = data / "data" / "000hint.png"
+    recipe = recipe_for(data, ControlNet(), samples=Samples(prompts=("a cat",), hints=(hint,)))
+    for _ in range(2):
+        (pictures,) = setup.sampling(recipe)["control"]
+    assert pictures.shape == (1, 32, 32, 3)
+    assert caplog.text.count(f"{hint} is resized from 48x48 to 32x32") == 1
+
+
 HINTS = {
     "edges": ("edges", lambda example: example["hint"].max() == 255),
     "segmentation": (
