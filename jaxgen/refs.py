@@ -22,11 +22,21 @@ def find(ref: str | Path | None, variant: str = "") -> Path:
 
 def find_control(ref: str | Path, variant: str = "") -> Path:
     """The folder or file of a ControlNet: the embedded model's by name, any other as a model."""
+    return control_here(ref) or _fetched(str(ref), Path(ref), "ControlNet", variant)
+
+
+def control_here(ref: str | Path) -> Path | None:
+    """As `find_control`, of this machine; None where nothing is there, as for hub ids."""
     path = Path(ref)
     embedded = CONTROLS / path.name
     if str(ref) == path.name and (embedded / "config.json").is_file() and not path.exists():
         return embedded
-    return _there(path) or _fetched(str(ref), path, "ControlNet", variant)
+    return _there(path)
+
+
+def is_remote(ref: str | Path) -> bool:
+    """Whether what is not on this machine may be a hub id, and not a path with a mistake."""
+    return hub.is_id(str(ref)) and not Path(ref).parent.is_dir()
 
 
 def _there(path: Path) -> Path | None:
@@ -37,7 +47,7 @@ def _there(path: Path) -> Path | None:
 
 
 def _fetched(ref: str, path: Path, what: str, variant: str = "") -> Path:
-    if hub.is_id(ref) and not path.parent.is_dir():
+    if is_remote(ref):
         return hub.fetch(ref, variant, hub.MODEL if what == "model" else hub.PART)
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     if what == "ControlNet" and ref == path.name and CONTROLS.is_dir():

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from jaxgen import generate
 from jaxgen.commands import controls
-from jaxgen.data.annotators import lines
+from jaxgen.data.annotators import lines, maps
 from jaxgen.load import open_model, read_params
 from jaxgen.models.controlnet import ControlNet
 from jaxgen.models.controlnet_config import ControlNetConfig
@@ -51,6 +52,14 @@ def test_several_each_with_its_own_range(nets):
         assert hint.span == (0.1, 0.9)
 
 
+def test_a_map_of_labels_is_coloured_as_the_embedded_model_learns_it(nets):
+    labels = np.arange(64, dtype=np.uint8).repeat(64).reshape(64, 64)
+    Image.fromarray(labels).save("labels.png")
+    ((_, hint),) = controls.parse(["net=distinct:labels.png@0.5"], [])
+    np.testing.assert_array_equal(hint.picture, maps.distinct(256)[labels])
+    assert (hint.scale, hint.name) == (0.5, "net=distinct:labels.png")
+
+
 def test_a_file_may_hold_what_parts_an_option(nets):
     Path("hint.png").rename("canny:a=b@2.png")
     for text, scale in (("net=canny:a=b@2.png", 1.0), ("net=canny:a=b@2.png@0.5", 0.5)):
@@ -68,6 +77,7 @@ def test_a_file_may_hold_what_parts_an_option(nets):
         (["--control", "net=hint.png@nan"], "the scale 'nan' after the @"),
         (["--control", "net=cany:photo.png"], "no annotator 'cany'"),
         (["--control", "net=cany:photo.png"], "did you mean canny?"),
+        (["--control", "net=labels:photo.png"], "photo.png holds colours, not the numbers"),
         (["--control", "nets=hint.png"], "no ControlNet folder or file nets; did you mean net?"),
         (["--control", "empty=hint.png"], "empty is empty"),
         (["--control", "tiny/vae=hint.png"], "is of AutoencoderKL, not of ControlNetModel"),
@@ -133,3 +143,15 @@ def test_a_controlnet_alone_is_shown_and_converted(nets, capsys):
     run("convert", "net", "copy")
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         assert Path("copy", name).read_bytes() == Path("net", name).read_bytes()
+
+
+def test_a_controlnet_of_the_hub_is_shown_and_converted(nets, capsys, monkeypatch):
+    net = Path("net").absolute()
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda ref, name: str(net / name))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(net))
+    run("info", "someone/canny")
+    assert "someone/canny: a ControlNet" in capsys.readouterr().out
+    run("convert", "someone/canny", "copy")
+    weights = "diffusion_pytorch_model.safetensors"
+    assert Path("copy", weights).read_bytes() == Path("net", weights).read_bytes()

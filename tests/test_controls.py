@@ -1,5 +1,6 @@
 """Pictures that follow hints against diffusers' ControlNet pipelines, and folders both ways."""
 
+import dataclasses
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +17,10 @@ from safetensors.torch import save_file
 
 import jaxgen
 from jaxgen import Hint, UserError, controls
+from jaxgen.diffusion.schedule import KINDS as SCHEDULES
+from jaxgen.load import open_model
 from jaxgen.models.controlnet import ControlNet
+from jaxgen.models.controlnet_config import ControlNetConfig
 from jaxgen.sharding import data_mesh
 from jaxgen.trees import flatten
 from tests.test_generate import HEIGHT, IMAGE, LATENTS, MASK, WIDTH, assert_same, make
@@ -63,7 +67,7 @@ def made(tmp_path_factory):
     return get
 
 
-def theirs(made, count, scales, spans, monkeypatch, *, steps=5, **settings):
+def theirs(made, count, scales, spans, monkeypatch, *, steps=5, sampler=None, **settings):
     """diffusers' images, float [B, H, W, 3] in 0 to 1."""
     image, mask = settings.pop("image", None), settings.pop("mask", None)
     hints = [Image.fromarray(hint) for hint in HINTS[:count]]
@@ -89,10 +93,11 @@ def theirs(made, count, scales, spans, monkeypatch, *, steps=5, **settings):
             "control_guidance_end",
         ):
             call[key] = call[key][0]
-    cls = getattr(diffusers, f"StableDiffusion{kind}Pipeline")
-    pipe = cls(
-        **made.parts, controlnet=nets if count > 1 else nets[0], requires_safety_checker=False
-    )
+    parts, cls = made.parts, getattr(diffusers, f"StableDiffusion{kind}Pipeline")
+    if sampler:
+        scheduler = getattr(diffusers, SCHEDULES[sampler].name)
+        parts = parts | {"scheduler": scheduler.from_config(parts["scheduler"].config)}
+    pipe = cls(**parts, controlnet=nets if count > 1 else nets[0], requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     pipe.text_encoder.__dict__["text_model"] = pipe.text_encoder  # not so in transformers 5
     pipe.check_inputs = lambda *args, **kwargs: None  # wants sizes divisible by 8, needs 4
@@ -120,6 +125,7 @@ CASES = {  # base, kind, how many, scales, spans, settings
     "two in parts of the run": (
         "plain", "plain", 2, [0.6, 1.2], [(0.0, 0.5), (0.2, 0.8)], {"steps": 10}
     ),
+    "euler": ("plain", "plain", 2, [0.6, 1.2], WHOLE, {"sampler": "euler"}),
     "guess": ("plain", "plain", 2, [1.0, 0.5], WHOLE, {"guess": True, "guidance": 4.0}),
     "guess without guidance": ("plain", "plain", 1, [1.0], WHOLE, {"guess": True, "guidance": 1.0}),
     "pooled": ("plain", "pooled", 1, [1.0], WHOLE, {}),
@@ -130,6 +136,10 @@ CASES = {  # base, kind, how many, scales, spans, settings
         {"image": IMAGE, "strength": 0.7, "steps": 10},
     ),
     "mask": ("plain", "plain", 1, [0.9], WHOLE, {"image": IMAGE, "mask": MASK, "strength": 1.0}),
+    "two, mask, spans": (
+        "plain", "plain", 2, [0.6, 1.2], [(0.0, 0.6), (0.3, 1.0)],
+        {"image": IMAGE, "mask": MASK, "strength": 0.7, "steps": 10},
+    ),
     "inpainting model": (
         "inpaint", "plain", 1, [0.9], WHOLE, {"image": IMAGE, "mask": MASK, "strength": 1.0}
     ),
@@ -152,6 +162,17 @@ def test_a_hint_changes_the_picture_and_a_scale_of_zero_does_not(made):
     )
     np.testing.assert_array_equal(ours(pair, 1, [0.0], WHOLE), plain)
     assert (ours(pair, 1, [1.0], WHOLE) != plain).any()
+
+
+def test_what_has_not_learned_leaves_the_picture_to_the_bit(made):
+    model, params = jaxgen.load(made("plain", "plain").folder)
+    settings = {"size": (WIDTH, HEIGHT), "steps": 5, "latents": LATENTS, "output": "float"}
+    plain = jaxgen.sample(model, params, "a red apple", **settings)
+    net = ControlNet(ControlNetConfig.of(model.unet.config, model.factor))
+    params |= {"controlnet": net.begun(jax.random.key(0), params["unet"])}
+    model = dataclasses.replace(model, controls=(net,))
+    controlled = jaxgen.sample(model, params, "a red apple", control=HINTS[:1], **settings)
+    np.testing.assert_array_equal(controlled, plain)
 
 
 def test_each_prompt_may_have_a_hint_of_its_own(made):
@@ -240,16 +261,27 @@ def authors(net):
     return out
 
 
-def small_but_released():
-    """A ControlNet of 32 groups and 8 heads, as released ones: neither is seen in shapes."""
-    widths = {"block_out_channels": [32, 64], "conditioning_embedding_out_channels": [4, 8, 12]}
+FAMILIES = {  # what is not seen in the shapes of released ones: heads
+    "1.x": {"block_out_channels": [32, 64], "attention_head_dim": 8},
+    "2.x": {
+        "block_out_channels": [64, 128],
+        "attention_head_dim": [1, 2],
+        "use_linear_projection": True,
+    },
+}
+
+
+def small_but_released(family="1.x"):
+    """A ControlNet of 32 groups, as released ones, which is not seen in shapes, either."""
+    more = {"conditioning_embedding_out_channels": [4, 8, 12], "cross_attention_dim": 24}
     kinds = ["CrossAttnDownBlock2D", "DownBlock2D"]
-    text = {"cross_attention_dim": 24, "attention_head_dim": 8}
-    return randomise(ControlNetModel(**widths, **text, down_block_types=kinds, layers_per_block=2))
+    more |= {"down_block_types": kinds, "layers_per_block": 2}
+    return randomise(ControlNetModel(**FAMILIES[family], **more))
 
 
-def test_the_authors_single_file(tmp_path):
-    net = small_but_released()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_authors_single_file(family, tmp_path):
+    net = small_but_released(family)
     save_file(authors(net), tmp_path / "net.safetensors")
     found, tensors = controls.open_control(tmp_path / "net.safetensors")
     assert found == ControlNet.read(dict(net.config), "config.json")
@@ -257,6 +289,28 @@ def test_the_authors_single_file(tmp_path):
     assert tensors.keys() == expected.keys()
     for path, tensor in tensors.items():
         assert np.array_equal(tensor.numpy(), expected[path]), path
+
+
+@pytest.mark.parametrize(
+    ("name", "yaml", "pools", "said"),
+    [
+        ("control_v11e_sd15_shuffle", "  global_average_pooling: True\n", True, ""),
+        ("control_v11e_sd15_shuffle", None, False, "pools what it adds, as the released one"),
+        ("control_v11p_sd15_canny", "  global_average_pooling: False\n", False, ""),
+        ("control_sd15_normal", "model:\n", False, "reads hints as blue, green, red, as the"),
+        ("control_v11p_sd15_normalbae", None, False, ""),
+    ],
+)
+def test_what_shapes_do_not_say_is_read_beside_a_file_or_warned_of(
+    name, yaml, pools, said, tmp_path, caplog
+):
+    save_file(authors(small_but_released()), tmp_path / f"{name}.safetensors")
+    if yaml:
+        (tmp_path / f"{name}.yaml").write_text(yaml)
+    net, _ = controls.open_control(tmp_path / f"{name}.safetensors")
+    assert net.config.global_pool_conditions == pools
+    assert bool(caplog.text) == bool(said)
+    assert said in caplog.text
 
 
 def test_a_file_of_differences_is_refused(tmp_path):
@@ -304,6 +358,10 @@ BAD = {
         lambda net: {"block_out_channels": [32, 128]},
         "of another base: it has blocks of",
     ),
+    "hints that are no pictures": (
+        lambda net: {"conditioning_channels": 5},
+        "reads hints of 5 channels; pictures have 3 or 1",
+    ),
     "other factor": (
         lambda net: {"conditioning_embedding_out_channels": [4, 8, 12, 16]},
         "makes 1/8 of its hint's sides, .* needs 1/4",
@@ -320,6 +378,26 @@ def test_a_controlnet_that_does_not_fit_is_named(case, made, tmp_path):
     with pytest.raises(UserError, match=words) as caught:
         jaxgen.load(pair.folder, control=[tmp_path])
     assert "\n" not in str(caught.value)
+
+
+def test_a_decoder_that_learned_with_it_and_is_left_out_is_named(made, tmp_path, caplog):
+    """Not where the base was frozen, or is the one beside it."""
+    pair = made("plain", "plain")
+    model, params = jaxgen.load(pair.folder, control=pair.folders[:1])
+    last = {name: value + 1e-3 for name, value in params["unet"]["conv_out"].items()}
+    locked, unlocked = tmp_path / "locked", tmp_path / "unlocked"
+    jaxgen.save(model, params, locked)
+    jaxgen.save(model, params | {"unet": params["unet"] | {"conv_out": last}}, unlocked)
+    for base, control, said in (
+        (pair.folder, [locked], False),
+        (pair.folder, [unlocked], True),
+        (pair.folder, [unlocked / "controlnet"], True),
+        (unlocked, [unlocked], False),
+        (unlocked, None, False),
+    ):
+        caplog.clear()
+        open_model(base, control=control)
+        assert (f"name the model, too: --model {unlocked}" in caplog.text) == said
 
 
 def test_bad_hints_are_one_line(made, tmp_path):

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from jaxgen.config import read_json
 from jaxgen.types import UserError
@@ -49,6 +50,18 @@ def is_whole(folder: Path, variant: str = "", kind: str = MODEL) -> bool:
     weights = [any((folder / part).glob(pattern)) for part in PARTS[:3]]
     words = [(folder / "tokenizer" / name).is_file() for name in ("vocab.json", "tokenizer.json")]
     return all(weights) and any(words) and all((folder / name).is_file() for name in needed)
+
+
+def part_config(ref: str) -> dict[str, Any]:
+    """The `config.json` of a repository that holds one part; nothing of others, or unanswered."""
+    import huggingface_hub as hub
+
+    try:
+        if isinstance(hub.try_to_load_from_cache(ref, "model_index.json"), str):
+            return {}  # a model; its files are in the cache
+        return read_json(Path(hub.hf_hub_download(ref, "config.json")))
+    except Exception:  # as in `fetch`, which then says what is wrong
+        return {}
 
 
 def fetch(ref: str, variant: str = "", kind: str = MODEL) -> Path:

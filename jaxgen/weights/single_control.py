@@ -1,11 +1,16 @@
 """A ControlNet in one safetensors file: as its authors lay it out, or under diffusers' names."""
 
+import logging
 import re
+from pathlib import Path
 from typing import Any
 
 from jaxgen.types import UserError
 from jaxgen.weights.files import Tensors
 from jaxgen.weights.single_file import encoder_config, unet_names
+from jaxgen.weights.single_scheduler import yaml_beside
+
+log = logging.getLogger(__name__)
 
 _PREFIX = "control_model."
 _HINT = "controlnet_cond_embedding"
@@ -14,8 +19,8 @@ _HINT = "controlnet_cond_embedding"
 def read(tensors: Tensors, where: str) -> tuple[dict[str, Any], Tensors]:
     """The `config.json` of a ControlNet's file, read off its names and shapes, and its tensors.
 
-    What shapes cannot say is what the released ones have: hints in RGB, no pooling, and heads as
-    `single_file.configs` assumes them.
+    What shapes cannot say is what most released ones have: hints in RGB, no pooling (see `told`),
+    and heads as `single_file.configs` assumes them.
 
     Args:
         tensors: an opened file. With the prefix, the file may hold the base model, too.
@@ -36,6 +41,30 @@ def read(tensors: Tensors, where: str) -> tuple[dict[str, Any], Tensors]:
         return _config(part), part
     except UserError as error:
         raise UserError(f"{where} {error}") from None
+
+
+def told(path: Path) -> dict[str, Any]:
+    """Settings that the YAML beside a file states; a warning where its name tells of others.
+
+    Two released ones differ from the rest: 1.0's for normals reads blue, green, red, which no file
+    says, and 1.1's for shuffled pictures pools what it adds, which its YAML says.
+    """
+    text, name = yaml_beside(path), path.stem.lower()
+    if "normal" in name and "normalbae" not in name:  # BAE's are of 1.1, and in RGB
+        order = 'controlnet_conditioning_channel_order "bgr"'
+        _doubt(path, "reads hints as blue, green, red", order)
+    if text is None and "shuffle" in name:
+        _doubt(path, "pools what it adds", "global_pool_conditions true")
+    pools = re.search(r"(?mi)^\s*global_average_pooling\s*:\s*true\s*(#|$)", text or "")
+    return {"global_pool_conditions": True} if pools else {}
+
+
+def _doubt(path: Path, what: str, setting: str) -> None:
+    log.warning(
+        "%s does not tell whether it %s, as the released one of that name does; if so, make a "
+        "folder of it (jaxgen convert) and state %s in its config.json",
+        *(path, what, setting),
+    )
 
 
 def _renamed(part: Tensors) -> Tensors:

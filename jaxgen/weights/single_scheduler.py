@@ -28,10 +28,8 @@ def scheduler_config(prediction_type: str) -> Config:
 
 def predicted(path: Path | None, predicts_v: bool, where: str) -> str:
     """What the YAML beside the file says; without one, what most models of its kind predict."""
-    beside = path.with_suffix(".yaml") if path else None
-    if beside and beside.is_file():
-        with beside.open("rb") as file:
-            text = file.read(1 << 20).decode("utf-8", "replace")
+    text = yaml_beside(path) if path else None
+    if text is not None:
         says_v = re.search(r"""(?m)^\s*parameterization\s*:\s*["']?v["']?\s*(#|$)""", text)
         return "v_prediction" if says_v else "epsilon"
     if predicts_v:
@@ -42,3 +40,12 @@ def predicted(path: Path | None, predicts_v: bool, where: str) -> str:
         )
         return "v_prediction"
     return "epsilon"
+
+
+def yaml_beside(path: Path) -> str | None:
+    """The YAML that lies beside a file, under its name, as its authors' programs look for it."""
+    beside = path.with_suffix(".yaml")
+    if not beside.is_file():
+        return None
+    with beside.open("rb") as file:
+        return file.read(1 << 20).decode("utf-8", "replace")

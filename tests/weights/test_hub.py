@@ -28,6 +28,7 @@ def no_network(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
 
 
 def offline_error(ref):
@@ -58,6 +59,23 @@ def test_a_whole_model_in_the_cache_is_not_asked_for(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
     assert hub.fetch("someone/something") == TINY
+
+
+def test_what_a_repository_of_one_part_is_says_its_config(monkeypatch, no_network):
+    """Nothing is asked for where a whole model is in the cache."""
+    unet, asked = TINY / "unet", []
+
+    def download(ref, name):
+        asked.append(name)
+        return str(unet / name)
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda ref, name: None)
+    assert hub.part_config("someone/nothing") == {}
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert hub.part_config("someone/part")["_class_name"] == "UNet2DConditionModel"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda ref, name: str(TINY))
+    assert hub.part_config("someone/model") == {}
+    assert asked == ["config.json"]
 
 
 @pytest.mark.parametrize("absent", ["all but the tokenizer", "unet/*.safetensors", "vae/config*"])
