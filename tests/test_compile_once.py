@@ -1,5 +1,6 @@
 """What a change of settings compiles: nothing, as long as shapes, sampler and branches stay."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -7,6 +8,9 @@ import numpy as np
 import pytest
 
 import jaxgen
+from jaxgen import Hint
+from jaxgen.models.controlnet import ControlNet
+from jaxgen.models.controlnet_config import ControlNetConfig
 from jaxgen.sharding import data_mesh
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -14,12 +18,14 @@ RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (40, 32, 3), np.uint8)
 MASK = np.zeros((40, 32), bool)
 MASK[8:20, 12:28] = True
+HINT = RNG.integers(0, 256, (40, 32, 3), np.uint8)
 LATENTS = RNG.normal(size=(1, 10, 8, 4)).astype(np.float32)
 COMMON = {"size": (32, 40), "steps": 5, "count": 2, "batch": 2, "sampler": "ddim"}
 MODES = {
     "text": {},
     "image": {"image": IMAGE, "strength": 0.8},
     "mask": {"image": IMAGE, "mask": MASK, "strength": 0.8},
+    "control": {"control": Hint(HINT)},
 }
 
 
@@ -27,6 +33,9 @@ MODES = {
 def sample():
     """sample(prompt, **settings) -> how many programs of any kind were compiled."""
     model, params = jaxgen.load(TINY)
+    net = ControlNet(ControlNetConfig.of(model.unet.config, model.factor))
+    controlled = dataclasses.replace(model, controls=(net,))
+    params |= {"controlnet": net.begun(jax.random.key(0), params["unet"])}
     compiled = []
 
     def listen(event, duration, **details):
@@ -35,7 +44,8 @@ def sample():
 
     def run(prompt="a red apple", **settings):
         compiled.clear()
-        jaxgen.sample(model, params, prompt, mesh=data_mesh(2), **COMMON | settings)
+        chosen = controlled if "control" in settings else model
+        jaxgen.sample(chosen, params, prompt, mesh=data_mesh(2), **COMMON | settings)
         return len(compiled)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -65,13 +75,25 @@ PICTURES = {
     "strength and steps": {"strength": 0.45, "steps": 9},
     "strength 1": {"strength": 1.0},
 }
+HINTS = {
+    "scale": {"control": Hint(HINT, 0.3)},
+    "no scale": {"control": Hint(HINT, 0.0)},
+    "span": {"control": Hint(HINT, 0.7, (0.2, 0.6))},
+    "hint": {"control": Hint(~HINT)},
+    "hint of another size": {"control": Hint(HINT[::2].copy())},
+}
+FURTHER = {
+    "text": {},
+    "image": PICTURES,
+    "mask": PICTURES | {"mask": {"mask": ~MASK}},
+    "control": HINTS,
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_settings_compile_nothing_new(sample, mode):
     assert sample(**MODES[mode]) > 0
-    changes = CHANGES | (PICTURES if mode != "text" else {})
-    changes |= {"mask": {"mask": ~MASK}} if mode == "mask" else {}
+    changes = CHANGES | FURTHER[mode]
     compiled = {name: sample(**MODES[mode] | change) for name, change in changes.items()}
     assert not any(compiled.values()), compiled
 

@@ -20,6 +20,7 @@ from jaxgen.save import save
 from jaxgen.tasks import base
 from jaxgen.tasks.autoencoder import Autoencoder
 from jaxgen.tasks.contrastive import MEAN, STD, Contrastive
+from jaxgen.tasks.controlnet import ControlNet
 from jaxgen.tasks.denoising import Editing, Inpainting, TextToImage
 from jaxgen.training import setup
 from jaxgen.training.recipe import Images, Train
@@ -70,6 +71,7 @@ def test_pictures_that_the_image_encoder_cannot_cut_are_refused():
     [
         (TextToImage(), 0.1),
         (Inpainting(), 0.1),
+        (ControlNet(), 0.5),
         (Editing(), 0.0),  # which drops them itself, together with pictures
         (Autoencoder(), 0.0),
         (Contrastive(), 0.0),
