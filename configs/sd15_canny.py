@@ -9,8 +9,10 @@ is a larger batch (--batch-size 256 --accumulate 8), before more steps.
 
 On small devices, begin with the middle link alone, then connect the rest:
 
-    jaxgen train configs/sd15_canny.py --task.links middle --out runs/middle
-    jaxgen train configs/sd15_canny.py --task.control runs/middle/model/controlnet
+    jaxgen train configs/sd15_canny.py --task.model FOLDER --data.source FOLDER \\
+           --task.links middle --steps 10000 --out runs/middle
+    jaxgen train configs/sd15_canny.py --task.model FOLDER --data.source FOLDER \\
+           --task.control runs/middle/model --steps 20000
 """
 
 from pathlib import Path
