@@ -25,7 +25,7 @@ MODES = {
     "text": {},
     "image": {"image": IMAGE, "strength": 0.8},
     "mask": {"image": IMAGE, "mask": MASK, "strength": 0.8},
-    "control": {"control": Hint(HINT)},
+    "control": {"control": Hint(HINT, span=(0.0, 0.5))},  # one that always acts asks no step
 }
 
 
@@ -76,11 +76,11 @@ PICTURES = {
     "strength 1": {"strength": 1.0},
 }
 HINTS = {
-    "scale": {"control": Hint(HINT, 0.3)},
-    "no scale": {"control": Hint(HINT, 0.0)},
+    "scale": {"control": Hint(HINT, 0.3, (0.0, 0.5))},
+    "no scale": {"control": Hint(HINT, 0.0, (0.0, 0.5))},
     "span": {"control": Hint(HINT, 0.7, (0.2, 0.6))},
-    "hint": {"control": Hint(~HINT)},
-    "hint of another size": {"control": Hint(HINT[::2].copy())},
+    "hint": {"control": Hint(~HINT, span=(0.0, 0.5))},
+    "hint of another size": {"control": Hint(HINT[::2].copy(), span=(0.0, 0.5))},
 }
 FURTHER = {
     "text": {},
