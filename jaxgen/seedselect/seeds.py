@@ -33,35 +33,41 @@ def write(path: Path, noise: np.ndarray, settings: Mapping[str, Any]) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def read(path: Path, shape: Sequence[int], settings: Mapping[str, Any]) -> np.ndarray:
+def read(
+    path: Path, shape: Sequence[int], settings: Mapping[str, Any], prompt: str | None = None
+) -> np.ndarray:
     """The seeds [M, h, w, C] of a file, or of those `.npz` files of a folder that fit.
 
     Args:
         shape: h, w, C that they must have.
         settings: of `output.identity`, under which they are to be used.
+        prompt: that seeds of a folder must have been found for; what a file holds was asked for.
 
     Raises:
         UserError: where there are none, or none fits.
     """
     if not path.is_dir():
-        return _read(path, shape, settings)
+        return _read(path, shape, settings, None)
     paths = sorted(p for p in path.iterdir() if re.fullmatch(r"\d+\.npz", p.name))
     if not paths:
         raise UserError(f"{path} holds no seeds (00000.npz ...)")
     found, refused = [], []
     for file in paths:
         try:
-            found.append(_read(file, shape, settings))
+            found.append(_read(file, shape, settings, prompt))
         except UserError as error:
             refused.append(error)
     if not found:
-        raise refused[0]
+        raise UserError(f"none of the seeds in {path} fits: {refused[0]}")
     if refused:
-        images.warn_once(f"{len(refused)} of {len(paths)} seeds in {path} do not fit: {refused[0]}")
+        left = f"{len(refused)} of {len(paths)} seeds in {path} are left out"
+        images.warn_once(f"{left}: {refused[0]}")
     return np.concatenate(found)
 
 
-def _read(file: Path, shape: Sequence[int], settings: Mapping[str, Any]) -> np.ndarray:
+def _read(
+    file: Path, shape: Sequence[int], settings: Mapping[str, Any], prompt: str | None
+) -> np.ndarray:
     noise, under = latents.read_latents(file)
     if noise.dtype != np.float32 or noise.ndim != 4 or noise.shape[1:] != tuple(shape):
         wanted = ", ".join(map(str, ["N", *shape]))
@@ -69,6 +75,11 @@ def _read(file: Path, shape: Sequence[int], settings: Mapping[str, Any]) -> np.n
             f"{file} is {noise.dtype} {list(noise.shape)}, and must be float32 [{wanted}]"
         )
     latents.check_settings(file, under, settings)
+    if prompt is not None:
+        with np.load(file, allow_pickle=False) as held:
+            about = str(held["prompt"]) if "prompt" in held else None
+        if about != prompt:
+            raise UserError(f"{file} was found for {about!r} (here {prompt!r})")
     if not np.isfinite(noise).all():
         raise UserError(f"{file} holds numbers that are not finite")
     return noise
