@@ -136,8 +136,8 @@ def operations(bench: Bench) -> None:
                 def loss(tail: Any) -> Any:
                     decode = lambda x: program.vae.decode(params["vae"], x)  # noqa: E731
                     seeds = tail[-1]
-                    found = program.objective(seeds, tail, decode, run.weights, run.given)
-                    return found[0].sum()
+                    look = program.objective(seeds, tail, decode, run.weights, run.given)
+                    return look.loss.sum()
 
                 return jax.value_and_grad(loss)(tail)
 

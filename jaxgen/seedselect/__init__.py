@@ -1,11 +1,13 @@
 """SeedSelect: the noise that shows a rare thing, by the gradient through the whole sampler.
 
 `select` is the whole of it; the other rooms are its parts: what is minimised (`objective`), how
-(`search`), from where (`starts`), with what (`references`), and the files (`seeds`).
+(`search`), from where (`starts`), with what (`references`), by whom (`judges`), and the files
+(`seeds`).
 """
 
+from jaxgen.seedselect.judges import Judge, open_judge
 from jaxgen.seedselect.objective import ClipDistance, Score
 from jaxgen.seedselect.search import Search
-from jaxgen.seedselect.selection import Found, Judge, open_judge, select
+from jaxgen.seedselect.selection import Found, select
 
 __all__ = ["ClipDistance", "Found", "Judge", "Score", "Search", "open_judge", "select"]

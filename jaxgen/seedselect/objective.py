@@ -5,6 +5,7 @@ image that takes its place; the appearance is the distance to a centroid of late
 2024, "Generating images of rare concepts", section 4).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -56,7 +57,7 @@ class ClipDistance:
     Attributes:
         vision: the image encoder.
         distance: "cosine", 1 - cos to the normed centroid, as in the released code; "euclidean" to
-            the centroid of embeddings, as in the paper.
+            the centroid of embeddings, as in the paper, over the root of their width.
         contrast: weight of the cross entropy of telling the centroid from the others.
     """
 
@@ -83,7 +84,7 @@ class ClipDistance:
         """Distance of vectors [..., P] -> [...]."""
         if self.distance == "cosine":
             return 1 - (one * two).sum(-1)
-        return jnp.sqrt(((one - two) ** 2).sum(-1) + 1e-12)  # 0 has a gradient, too
+        return root_mean(((one - two) ** 2).mean(-1))
 
     def centroid(self, embeddings: Array) -> Array:
         """[K, P] of one class -> [P]."""
@@ -109,13 +110,32 @@ def unit(x: Array) -> Array:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
+def root_mean(square: Array) -> Array:
+    """Mean squares [...] -> Euclidean distances over the root of the number of dimensions.
+
+    So weights and the temperature, which are the released code's and of cosines, are of a size that
+    fits, whatever the dimensions: the paper's own weight is not known.
+    """
+    return jnp.sqrt(square + 1e-12)  # 0 has a gradient, too
+
+
+class Look(NamedTuple):
+    """What is seen of B seeds; [B] each."""
+
+    loss: Array
+    meaning: Array  # the score of the images, weighed as the tail says
+    appearance: Array  # distance to the mean of the references' latents
+    norm: Array  # of the seed, over sqrt(d), which is about what noise has
+
+
 @dataclass(frozen=True)
 class Objective:
     """What is minimised, static; a program is compiled for each value of it.
 
     Attributes:
         score: of a `Score`.
-        distance: of latents: the mean square, as in the released code ("cosine"), or Euclidean.
+        distance: of latents: the mean square, as in the released code ("cosine"), or its root, the
+            Euclidean over the root of their size.
         tail: weights of the images decoded after the last steps, the finished one last.
     """
 
@@ -130,12 +150,10 @@ class Objective:
         decode: Callable[[Array], Array],
         weights: "Weights",
         given: "Given",
-    ) -> tuple[Array, Array]:
+    ) -> Look:
         """What B seeds [B, h, w, C] cost, from the latents [k, B, h, w, C] of their last steps.
 
-        Returns:
-            The loss [B] and, of it, the score alone [B]. Images are decoded and scored one step
-            after the other, and decoded again for the gradient.
+        Images are decoded and scored one step after the other, and decoded again for the gradient.
         """
 
         @jax.checkpoint
@@ -144,12 +162,14 @@ class Objective:
 
         scores = jax.lax.map(scored, latents)
         meaning = jnp.einsum("k,kb->b", jnp.asarray(self.tail, scores.dtype), scores)
-        square = ((latents[-1] - given.appearance) ** 2).sum((1, 2, 3))
-        size = seeds[0].size
-        appearance = square / size if self.distance == "cosine" else jnp.sqrt(square + 1e-12)
+        square = ((latents[-1] - given.appearance) ** 2).mean((1, 2, 3))
+        appearance = square if self.distance == "cosine" else root_mean(square)
         loss = weights.meaning * meaning + (1 - weights.meaning) * appearance
         norm = jnp.linalg.norm(seeds.reshape(len(seeds), -1), axis=-1)
-        return loss - weights.norm * shell.log_prior(norm, size), meaning
+        size = seeds[0].size
+        loss = loss - weights.norm * shell.log_prior(norm, size)
+        parts = meaning, appearance, norm / math.sqrt(size)
+        return Look(loss, *(part.astype(loss.dtype) for part in parts))
 
 
 class Weights(NamedTuple):

@@ -26,7 +26,7 @@ FEW = 3  # of which the paper makes a centroid, at least
 class References(NamedTuple):
     """What is known of one class's pictures."""
 
-    latents: Array  # [K, h, w, C]
+    latents: Array  # [K, h, w, C], or [0, 0]
     embeddings: Array  # [K, P], or [K, 0] where another score takes the place of meaning
 
 
@@ -110,7 +110,7 @@ def encode(
         if isinstance(meaning.apply, ClipDistance):
             seen.append(_embed(meaning.params, image, distance=meaning.apply)[0])
     nothing = jnp.zeros((len(pictures), 0))
-    return References(jnp.stack(latents), jnp.stack(seen) if seen else nothing)
+    return References(*(jnp.stack(rows) if rows else nothing for rows in (latents, seen)))
 
 
 @partial(jax.jit, static_argnames="distance")

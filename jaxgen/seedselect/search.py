@@ -16,7 +16,7 @@ from jaxgen.denoiser import Network
 from jaxgen.diffusion import edict, samplers
 from jaxgen.diffusion import guidance as guidances
 from jaxgen.models.vae import VAE
-from jaxgen.seedselect.objective import TAIL, Distance, Given, Objective, Weights
+from jaxgen.seedselect.objective import TAIL, Distance, Given, Look, Objective, Weights
 from jaxgen.types import Array, Cache, Denoiser, Params, Point, UserError
 
 # What runs first is what frees most: at the size of SD 1.5, less than half of the memory.
@@ -31,7 +31,8 @@ class Search:
     Attributes:
         iterations: images that are looked at for each seed, each but the last with an update.
         weight: lambda: what the meaning counts; the appearance counts the rest.
-        distance: "cosine" as in the released code, or "euclidean" as in the paper.
+        distance: "cosine" as in the released code, or "euclidean" as in the paper, over the root of
+            the number of dimensions, which keeps `weight` and `contrast` at a fit size.
         contrast: of meaning: weight of telling the class from the others of a search.
         prior: weight of the log density of a seed's norm, which keeps it on the Gaussian shell.
         tail: weights of the images decoded after the last steps; they are made to sum to 1.
@@ -126,8 +127,8 @@ class Progress(NamedTuple):
     memory: Any  # of the optimizer
     best: Array  # [B, h, w, C] the best seeds so far
     latents: Array  # [B, h, w, C] clean, of the best
-    loss: Array  # [B] of the best
-    losses: Array  # [B] of those looked at last
+    look: Look  # of the best
+    seen: Look  # of those looked at last
     mark: Array  # [B] the loss at the last gain that counts
     stale: Array  # [B] iterations since then
     active: Array  # [B] bool
@@ -151,8 +152,8 @@ def begin(seeds: Array) -> Progress:
     """The state before the first iteration, from standard normal seeds [B, h, w, C]."""
     none = jnp.full(len(seeds), jnp.inf, seeds.dtype)
     count = jnp.zeros(len(seeds), jnp.int32)
-    memory = OPTIMIZER.init(seeds)
-    return Progress(seeds, memory, seeds, seeds, none, none, none, count, count == 0, jnp.int32(0))
+    memory, look = OPTIMIZER.init(seeds), Look(none, none, none, none)
+    return Progress(seeds, memory, seeds, seeds, look, look, none, count, count == 0, jnp.int32(0))
 
 
 def improve(
@@ -178,12 +179,13 @@ def _improve(
         return (state.iteration < stop) & state.active.any()
 
     def body(state: Progress) -> Progress:
-        slopes, (losses, latents) = gradient(params, run, state.seeds, program=program)
+        slopes, (seen, latents) = gradient(params, run, state.seeds, program=program)
+        losses = seen.loss
         updates, memory = OPTIMIZER.update(slopes, state.memory, state.seeds)
         rate = jnp.where(state.iteration < rule.settle, rule.rate, rule.rate / 10)
         seeds = state.seeds - rate * updates
 
-        better = state.active & (losses < state.loss)
+        better = state.active & (losses < state.look.loss)
         gained = state.active & (losses < state.mark - LEAST_GAIN * jnp.abs(losses))
         best, kept = (
             jnp.where(better[:, None, None, None], new, old)
@@ -197,8 +199,8 @@ def _improve(
             memory=memory,
             best=best,
             latents=kept,
-            loss=jnp.where(better, losses, state.loss),
-            losses=jnp.where(state.active, losses, state.losses),
+            look=jax.tree.map(partial(jnp.where, better), seen, state.look),
+            seen=jax.tree.map(partial(jnp.where, state.active), seen, state.seen),
             mark=jnp.where(gained, losses, state.mark),
             stale=stale,
             active=active,
@@ -210,17 +212,17 @@ def _improve(
 
 def gradient(
     params: Params, run: Run, seeds: Array, *, program: Program
-) -> tuple[Array, tuple[Array, Array]]:
-    """Slopes of the losses of seeds [B, h, w, C], those losses [B], and the clean latents.
+) -> tuple[Array, tuple[Look, Array]]:
+    """Slopes of the losses of seeds [B, h, w, C], what they are made of, and the clean latents.
 
     Seeds do not meet in anything but the sum of their losses: each slope is its own loss's.
     """
 
-    def total(seeds: Array) -> tuple[Array, tuple[Array, Array]]:
+    def total(seeds: Array) -> tuple[Array, tuple[Look, Array]]:
         latents = last_latents(params, run, seeds, program=program)
         decode = partial(program.vae.decode, params["vae"])
-        losses, _ = program.objective(seeds, latents, decode, run.weights, run.given)
-        return losses.sum(), (losses, latents[-1])
+        look = program.objective(seeds, latents, decode, run.weights, run.given)
+        return look.loss.sum(), (look, latents[-1])
 
     (_, found), slopes = jax.value_and_grad(total, has_aux=True)(seeds)
     return slopes, found

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,29 +12,27 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxgen import conditioning, generate, sharding
+from jaxgen.data import images
 from jaxgen.denoiser import Model
 from jaxgen.diffusion import inversion, samplers
-from jaxgen.evaluation import clip
-from jaxgen.models.clip import VisionEncoder
-from jaxgen.refs import find
 from jaxgen.request import Plan
 from jaxgen.seedselect import references, search, starts
-from jaxgen.seedselect.objective import ClipDistance, Given, Objective, Score, Targets, Weights
+from jaxgen.seedselect.judges import Judge, meaning_by
+from jaxgen.seedselect.objective import (
+    ClipDistance,
+    Given,
+    Look,
+    Objective,
+    Score,
+    Targets,
+    Weights,
+)
 from jaxgen.seedselect.references import References
 from jaxgen.seedselect.search import Program, Rule, Run, Search
 from jaxgen.types import Array, Params, UserError
 
 Start = str | np.ndarray | Callable[[int], np.ndarray]
 FRAMES = 8  # at most, of the image as it improves
-OWN = ("clip", "image_encoder")  # folders of a model folder that hold an image encoder
-
-
-@dataclass(frozen=True)
-class Judge:
-    """An image encoder that tells what pictures mean, and its parameters, float32."""
-
-    vision: VisionEncoder
-    params: Params
 
 
 class Found(NamedTuple):
@@ -45,27 +42,19 @@ class Found(NamedTuple):
     seed: np.ndarray  # float32 [h, w, C] standard normal noise
     image: np.ndarray  # uint8 [H, W, 3] that it leads to
     loss: float
-    history: list[float]  # the loss at each iteration, until the seed was left alone
+    meaning: float  # of the loss, the distance that `weight` weighs, or the score
+    appearance: float  # and the one that the rest weighs
+    norm: float  # of the seed, over sqrt(d), which is about what noise has
+    history: dict[str, list[float]]  # the four at each iteration, until the seed was left alone
     frames: list[np.ndarray]  # uint8 [H, W, 3] the best image at iterations ever further apart
 
+    def figures(self) -> dict[str, float]:
+        """The four, as lists of pictures say them."""
+        return {name: round(getattr(self, name), 6) for name in Look._fields}
 
-def open_judge(ref: str | Path | None, model: str | Path | None) -> Judge:
-    """The judge in a folder; without one the model's own.
 
-    Args:
-        ref: a folder of a CLIP, or of its image encoder alone.
-        model: what the model was loaded from.
-
-    Raises:
-        UserError: for a folder that holds none, and a model without one.
-    """
-    if ref is None:
-        path = find(model)
-        own = [path / name for name in OWN if (path / name / "config.json").is_file()]
-        if not own:
-            raise UserError(f"{path} has no image encoder of its own; name a CLIP folder (judge)")
-        ref = own[0]
-    return Judge(*clip.open_vision(ref))
+class NothingFound(UserError):
+    """No seed has a finite loss where it starts."""
 
 
 def select(
@@ -94,10 +83,11 @@ def select(
         model, params: from `jaxgen.load`.
         checked: of `request.plan`: prompts are classes, `count` is seeds of each.
         pictures: for each prompt its references, uint8 [H, W, 3] of any sizes (one is allowed), or
-            what `encode` made of them.
+            what `encode` made of them; none where a score has all the weight.
         how: the numbers of the search.
         judge: tells what images mean; needed unless there is a score.
-        score: takes the place of the distance in meaning.
+        score: takes the place of the distance in meaning, and of it alone: `how.weight` says what
+            the appearance still counts.
         start: "gaussian", each seed's own noise; "nao", between what the references invert to;
             standard normal noise [N, h, w, C], N = 1 or prompts x count; or a function of an
             image's index that returns noise [h, w, C].
@@ -107,10 +97,12 @@ def select(
         frames: keeps the image of each seed as it improves.
 
     Returns:
-        Each seed, as its batch ends.
+        Each seed, as its batch ends. One whose loss is not finite at the start is left out, and
+        that is said.
 
     Raises:
         UserError: before anything compiles, for what does not fit.
+        NothingFound: at the end, where all were left out.
     """
     check(checked, pictures, how, judge, score, start)
     meaning = score or meaning_by(judge, how)
@@ -154,7 +146,7 @@ class _Searching:
         batch = checked.request.batch or mesh.size
         batch = -(-min(batch, checked.total) // mesh.size) * mesh.size  # of one size: one program
         groups = list(generate.batches(checked, batch, wanted))
-        total = len(groups) * self.how.iterations
+        total, count = len(groups) * self.how.iterations, 0
         with tqdm(total=total, unit="iteration", disable=not self.progress) as bar:
             for indices in groups:
                 full = generate.filled(indices, batch)
@@ -169,7 +161,11 @@ class _Searching:
                 weights, rule = Weights(self.how.weight, self.how.prior), Rule.of(self.how)
                 given = Given(scoring, *targets)
                 run = Run(cache, points, checked.grid.initial, guidance, weights, given, rule)
-                yield from self._batch(params, run, seeds, program, indices, bar)
+                for found in self._batch(params, run, seeds, program, indices, bar):
+                    count += 1
+                    yield found
+        if wanted and not count:
+            raise NothingFound("no loss is finite at the start of a seed; try dtype f32")
 
     def _batch(
         self,
@@ -180,10 +176,10 @@ class _Searching:
         indices: list[int],
         bar: tqdm,
     ) -> Iterator[Found]:
-        """One batch; the bar shows the mean of the best losses."""
+        """One batch; the bar shows the means of the best losses, and of what they are made of."""
         show = functools.partial(generate.finish, self.model, params, output="uint8")
         state, iterations = search.begin(seeds), self.how.iterations
-        losses: list[np.ndarray] = []
+        looks: list[np.ndarray] = []  # [4, B] each
         alive: list[np.ndarray] = []
         frames: list[np.ndarray] = []
         shown = _shown(iterations) if self.frames else set()
@@ -191,35 +187,38 @@ class _Searching:
             alive.append(np.asarray(state.active))
             after = search.improve(params, run, state, i + 1, program=program)
             state = sharding.place_like(after, state)
-            losses.append(np.asarray(state.losses))
-            if i in shown:
+            looks.append(np.stack(state.seen))
+            look = jax.tree.map(np.asarray, state.look)
+            done = not np.asarray(state.active).any()
+            if i in shown or (shown and done):  # the strip ends with the image that is found
                 frames.append(show(state.latents))
-            mean = np.asarray(state.loss)[: len(indices)].mean()
-            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-            bar.update()
-            if not np.asarray(state.active).any():
-                bar.update(iterations - 1 - i)
+            bar.set_postfix(_means(look, len(indices)), refresh=False)
+            bar.update(iterations - i if done else 1)
+            if done:
                 break
-        best, loss = np.asarray(state.best), np.asarray(state.loss)
-        if not np.isfinite(loss).all():
-            raise UserError("the loss is not finite at the start; try dtype f32")
-        images = show(state.latents)
+        best, pictures = np.asarray(state.best), show(state.latents)
         for row, index in enumerate(indices):
-            history = [float(v[row]) for v, on in zip(losses, alive) if on[row]]
+            if not np.isfinite(look.loss[row]):
+                images.warn_once(f"image {index} is left out: its loss is not finite at the start")
+                continue
+            seen = np.stack([at[:, row] for at, on in zip(looks, alive, strict=True) if on[row]])
+            history = dict(zip(Look._fields, seen.T.tolist(), strict=True))
+            loss, meaning, appearance, norm = (float(part[row]) for part in look)
             strip = [frame[row] for frame in frames]
-            yield Found(index, best[row], images[row], float(loss[row]), history, strip)
+            found = best[row], pictures[row], loss, meaning, appearance, norm
+            yield Found(index, *found, history, strip)
+
+
+def _means(look: Look, count: int) -> dict[str, str]:
+    """Of the first so many seeds, those whose loss is finite; for a progress bar."""
+    rows = np.flatnonzero(np.isfinite(look.loss[:count]))
+    parts = {"loss": look.loss, "meaning": look.meaning, "appearance": look.appearance}
+    return {name: f"{part[rows].mean():.4f}" for name, part in parts.items() if rows.size}
 
 
 def _shown(iterations: int) -> set[int]:
     """The iterations after which the best image is kept: the first, the last, few between."""
     return {round(i) - 1 for i in np.geomspace(1, iterations, min(FRAMES, iterations))}
-
-
-def meaning_by(judge: Judge | None, how: Search) -> Score:
-    """The distance in a judge's space, as a score."""
-    if judge is None:
-        raise UserError("images are judged by a judge or by a score: give one of them")
-    return Score(ClipDistance(judge.vision, how.distance, how.contrast), judge.params)
 
 
 def _program(model: Model, checked: Plan, meaning: Score, how: Search) -> Program:
@@ -250,7 +249,9 @@ def _targets(
     def of(index: int) -> tuple[Any, Array]:
         mine, number = divmod(index, count)
         chosen = references.subset(len(known[mine].latents), how.subset, seed, number)
-        appearance = known[mine].latents[chosen].mean(0)
+        appearance = jnp.zeros(checked.latent_shape)  # without references, and without weight
+        if len(chosen):
+            appearance = known[mine].latents[chosen].mean(0)
         if not isinstance(apply, ClipDistance):
             return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], meaning.rows), appearance
         own = apply.centroid(known[mine].embeddings[chosen])
@@ -303,8 +304,14 @@ def check(
             f"{len(request.prompts)} prompts have {len(pictures)} lists of references; each needs "
             "its own"
         )
-    if not all(len(r.latents if isinstance(r, References) else r) for r in pictures):
-        raise UserError("a prompt has no references; one is needed, 3 to 5 are better")
+    inverts = isinstance(start, str) and start == "nao"
+    unread = score is not None and how.weight == 1 and not inverts
+    known = all(len(r.latents if isinstance(r, References) else r) for r in pictures)
+    if not (known or unread):
+        raise UserError(
+            "a prompt has no references; one is needed, 3 to 5 are better, and none alone where a "
+            "score has all the weight (1)"
+        )
     if (judge is None) == (score is None):
         raise UserError("images are judged by a judge or by a score: give one of them")
     if how.contrast and (score is not None or len(pictures) < 2):

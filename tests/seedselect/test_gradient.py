@@ -54,11 +54,11 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def compiled(tiny):
-    """compiled(wide, sampler, distance, contrast, **search) -> seed -> (loss, gradient)."""
+    """compiled(wide, sampler, distance, contrast, steps, **search) -> seed -> (loss, gradient)."""
     model, held = tiny
 
     @cache
-    def make(wide=True, sampler="ddim", distance="cosine", contrast=0.0, **options):
+    def make(wide=True, sampler="ddim", distance="cosine", contrast=0.0, steps=STEPS, **options):
         how = Search(distance=distance, contrast=contrast, **options)
         meaning = ClipDistance(VisionEncoder(VisionConfig(**SHAPE)), distance, contrast)
         network, vae = model.network, model.vae
@@ -67,7 +67,7 @@ def compiled(tiny):
             vae = replace(vae, remat=True)
             meaning = replace(meaning, vision=replace(meaning.vision, remat=True))
         program = Program(network, vae, sampler, Objective(meaning, distance), how.truncate)
-        points = grids.grid(Schedule.read(model.scheduler, sampler, ""), STEPS).points
+        points = grids.grid(Schedule.read(model.scheduler, sampler, ""), steps).points
         centroid = CENTROID / np.linalg.norm(CENTROID) if distance == "cosine" else CENTROID
         given = Given((), Targets(centroid, OTHERS), APPEARANCE)
         low = (np.float64(0), np.float64(1))
@@ -81,8 +81,8 @@ def compiled(tiny):
             given = given._replace(params=params["judge"])
             weights, rule = Weights(LAMBDA, PRIOR), Rule.of(how)
             run = Run(cache, points, 1.0, scales, weights, given, rule)
-            slopes, (losses, _) = search.gradient(params, run, seed, program=program)
-            return losses[0], slopes
+            slopes, (look, _) = search.gradient(params, run, seed, program=program)
+            return look.loss[0], slopes
 
         with jax.enable_x64(wide):
             params, asked, _, text = numbers
@@ -93,6 +93,7 @@ def compiled(tiny):
                 loss, slopes = run(params, asked, floats(seed), text)
                 return float(loss), np.asarray(slopes)
 
+        at.compiled = run
         return at
 
     return make
@@ -143,12 +144,13 @@ def from_torch(sampler, distance, contrast):
             near, far = 1 - (seen * own).sum(-1), 1 - (seen[:, None] * others).sum(-1)
         else:
             near, far = (seen - own).norm(dim=-1), (seen[:, None] - others).norm(dim=-1)
+            near, far = (x / seen.shape[-1] ** 0.5 for x in (near, far))
         if contrast:
             scores = -torch.cat([near[:, None], far], -1) / 0.1
             near = near - contrast * torch.log_softmax(scores, -1)[:, 0]
         meaning = meaning + weight * near[0]
     off = tail[-1] - torch.from_numpy(APPEARANCE).permute(0, 3, 1, 2)
-    look = off.square().mean() if distance == "cosine" else off.norm()
+    look = off.square().mean() if distance == "cosine" else off.norm() / SEED.size**0.5
     d, r = SEED.size, seed.norm()
     prior = (d - 1) * r.log() - r**2 / 2 - (d / 2 - 1) * np.log(2) - torch.lgamma(
         torch.tensor(d / 2, dtype=torch.float64))  # fmt: skip
@@ -194,6 +196,24 @@ def test_what_saves_memory_changes_no_gradient(compiled):
     assert error(gradient, slopes) <= 1e-10
 
 
+def test_plain_is_the_same(compiled, monkeypatch):
+    """Steps one after the other in Python, and nothing that is computed again."""
+
+    def trail(step, denoise, state, points, keys):
+        xs = []
+        for i in range(STEPS):
+            state = step(denoise, state, jax.tree.map(lambda f: f[i], points), keys)  # noqa: B023
+            xs.append(state.x)
+        return state, jnp.stack(xs)
+
+    expected, slopes = compiled(True, *FORMS[0])(SEED)
+    monkeypatch.setattr(samplers, "trail", trail)
+    monkeypatch.setattr(jax, "checkpoint", lambda function, **_: function)
+    loss, gradient = compiled.__wrapped__(True, *FORMS[0])(SEED)  # compiled anew
+    assert abs(loss / expected - 1) <= 1e-12
+    assert error(gradient, slopes) <= 1e-10
+
+
 def toy(x, point):
     return jnp.tanh(x[..., ::-1] * point.scale) + 0.1 * x + 1e-3 * point.time
 
@@ -221,6 +241,12 @@ def test_edict_reversed_equals_autodiff_through_edict(steps):
         one, two = (jax.value_and_grad(f)(seed) for f in (reversed_, plain))
         assert abs(float(one[0]) / float(two[0]) - 1) < 1e-12
         assert error(one[1], two[1]) <= 1e-6
+
+
+def test_memory_of_a_gradient_through_edict_does_not_grow_with_the_steps(compiled):
+    runs = compiled(False, *FORMS[1]), compiled(False, *FORMS[1], steps=4 * STEPS)
+    few, many = (run.compiled.memory_analysis().temp_size_in_bytes for run in runs)
+    assert abs(many - few) < 2 * np.float32(SEED).nbytes  # not a latent pair for 15 steps
 
 
 def test_edict_is_undone_exactly():

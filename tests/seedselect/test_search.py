@@ -32,11 +32,11 @@ def test_seeds_move_as_by_adamw_of_pytorch():
     optimizer = torch.optim.AdamW([moved], lr=0.1)
     for i, state in enumerate(go(program, run, seeds, range(1, 8))):
         at = jnp.asarray(moved.detach().numpy())
-        slopes, (losses, _) = search.gradient(toys.PARAMS, run, at, program=program)
+        slopes, (look, _) = search.gradient(toys.PARAMS, run, at, program=program)
         optimizer.param_groups[0]["lr"] = 0.1 if i < 3 else 0.01
         moved.grad = torch.from_numpy(np.array(slopes))
         optimizer.step()
-        assert error(state.losses, losses) < 1e-5
+        assert error(state.seen.loss, look.loss) < 1e-5
         assert error(state.seeds, moved.detach().numpy()) < 1e-4
 
 
@@ -44,13 +44,23 @@ def test_the_best_seed_is_kept_and_not_the_last():
     program, seeds = toys.program(), toys.seeds(3)
     run = toys.run(seeds, learning_rate=3.0, settle=100, patience=100)
     states = go(program, run, seeds, range(1, 16))
-    losses = np.stack([state.losses for state in states])
+    losses = np.stack([state.seen.loss for state in states])
     assert (losses.argmin(0) < 14).any()  # at such a rate the last is not the best
-    np.testing.assert_array_equal(states[-1].loss, losses.min(0))
+    np.testing.assert_array_equal(states[-1].look.loss, losses.min(0))
     latents = search.last_latents(toys.PARAMS, run, states[-1].best, program=program)[-1]
     assert error(states[-1].latents, latents) < 1e-5
     _, (again, _) = search.gradient(toys.PARAMS, run, states[-1].best, program=program)
-    assert error(again, states[-1].loss) < 1e-5
+    for one, other in zip(again, states[-1].look, strict=True):
+        assert error(one, other) < 1e-5
+
+
+def test_what_a_loss_is_made_of_is_kept():
+    program, seeds = toys.program(), toys.seeds(3)
+    state = go(program, toys.run(seeds), seeds, [5])[0]
+    look, flat = state.look, np.asarray(state.best).reshape(3, -1)
+    assert error(look.loss, 0.8 * look.meaning + 0.2 * look.appearance) < 1e-6
+    assert error(look.appearance, (np.asarray(state.latents) ** 2).mean((1, 2, 3))) < 1e-5
+    assert error(look.norm, np.linalg.norm(flat, axis=1) / np.sqrt(24)) < 1e-6
 
 
 def test_one_call_or_many_is_the_same():
@@ -68,7 +78,7 @@ def test_seeds_of_a_batch_do_not_meet():
         given = jax.tree.map(lambda leaf: leaf[i : i + 1], run.given)  # noqa: B023
         alone = go(program, run._replace(given=given), seeds[i : i + 1], [8])[0]
         assert error(alone.best[0], together.best[i]) < 1e-5
-        assert error(alone.loss[0], together.loss[i]) < 1e-5
+        assert error(alone.look.loss[0], together.look.loss[i]) < 1e-5
 
 
 def test_seeds_spread_over_devices_are_the_same():
@@ -87,7 +97,7 @@ def test_seeds_spread_over_devices_are_the_same():
 def test_a_seed_that_is_good_enough_is_left_alone():
     seeds = toys.seeds(3)
     run = toys.run(seeds)
-    free = np.stack([s.losses for s in go(toys.program(), run, seeds, range(1, 13))])
+    free = np.stack([s.seen.loss for s in go(toys.program(), run, seeds, range(1, 13))])
     target = float(np.sort(free[3])[0] + 1e-6)  # what one of them reaches in the fourth iteration
     states = go(toys.program(), toys.run(seeds, target=target), seeds, range(1, 13))
     (first,) = np.nonzero(~np.asarray(states[3].active))
@@ -96,7 +106,7 @@ def test_a_seed_that_is_good_enough_is_left_alone():
         np.testing.assert_array_equal(state.seeds[first], states[3].seeds[first])
         np.testing.assert_array_equal(state.best[first], states[3].best[first])
     rest = np.setdiff1d(np.arange(3), first)
-    assert error(states[5].losses[rest], free[5][rest]) < 1e-6  # the others go on as before
+    assert error(states[5].seen.loss[rest], free[5][rest]) < 1e-6  # the others go on as before
     everyone = go(toys.program(), toys.run(seeds, target=100.0), seeds, [12])[0]
     assert int(everyone.iteration) == 1  # the loop ends with the last seed
 
@@ -113,9 +123,9 @@ def test_a_truncated_gradient_takes_the_first_steps_as_they_are():
     """It is the gradient at the cut, of the run's own loss."""
     seeds = toys.seeds(2)
     run, whole, cut = toys.run(seeds), toys.program(), toys.program(truncate=2)
-    slopes, (losses, _) = search.gradient(toys.PARAMS, run, seeds, program=cut)
+    slopes, (look, _) = search.gradient(toys.PARAMS, run, seeds, program=cut)
     _, (expected, _) = search.gradient(toys.PARAMS, run, seeds, program=whole)
-    assert error(losses, expected) < 1e-6
+    assert error(look.loss, expected.loss) < 1e-6
     head, tail = (jax.tree.map(lambda f, part=part: f[part], run.points) for part in HALVES)
     first = search.samplers.State(seeds, ())
     step, denoise = search.samplers.ddim, lambda x, p: toys.Denoiser().apply({}, x, p, {}, [])
@@ -140,7 +150,7 @@ def test_a_norm_prior_holds_seeds_on_the_shell():
 def test_edict_takes_part():
     program, seeds = toys.program("edict"), toys.seeds(2)
     states = go(program, toys.run(seeds, "edict"), seeds, range(1, 9))
-    assert (np.asarray(states[-1].loss) < np.asarray(states[0].losses)).all()
+    assert (np.asarray(states[-1].look.loss) < np.asarray(states[0].seen.loss)).all()
 
 
 @pytest.mark.parametrize(
