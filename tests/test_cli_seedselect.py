@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 import jaxgen
 from jaxgen import request, seedselect
 from jaxgen.seedselect import references
+from jaxgen.types import UserError
 from tests.test_cli import TINY, compile_cache, run  # noqa: F401  a fixture
 from tests.torch_oracle import randomise
 
@@ -66,10 +68,16 @@ def test_a_seed_is_found_and_replayed(here, capsys):
         assert held["noise"].shape == (2, 16, 16, 4)
         assert (held["prompt"], held["sampler"], held["steps"]) == ("an owl", "ddim", 3)
         assert (held["guidance"], held["model"]) == (2.0, "tiny")
+        assert (held["judge"], held["start"]) == ("the model's own", "gaussian")
+        assert (held["weight"], held["iterations"]) == (10 / 11, 2)
     assert Image.open("out/strip.png").size == (2 * 68 - 4, 2 * 68 - 4)  # two looks, two seeds
     assert "Latents: seeds/00000.npz" in Image.open("out/00000.png").text["parameters"]
     row = json.loads(Path("out/samples.jsonl").read_text().splitlines()[1])
     assert (row["latents"], row["index"]) == ("seeds/00001.npz", 1)
+    assert (row["start"], row["iterations"]) == ("gaussian", 2)
+    parts = row["weight"] * row["meaning"] + (1 - row["weight"]) * row["appearance"]
+    assert row["loss"] == pytest.approx(parts, abs=1e-5)
+    assert row["norm"] == pytest.approx(1, abs=0.1)
 
     same = ("--model", "tiny", "--steps", "3", "--guidance", "2", "--sampler", "ddim")
     run("sample", "an owl", *same, "--count", "2", "--latents", "out/seed.npz", "--out", "again")
@@ -90,6 +98,8 @@ def test_a_seed_is_found_and_replayed(here, capsys):
     assert sorted(p.name for p in Path("out/seeds").iterdir()) == [
         *("00000.npz", "00001.npz", "00002.npz"),
     ]
+    select("a fox", *OPTIONS, "--start", "out/seeds", code=2)
+    assert "none of the seeds in out/seeds fits" in capsys.readouterr().err
     select("an owl", *OPTIONS, "--start", "out/seed.npz", "--sampler", "euler", code=2)
     assert "was found under sampler ddim (here euler)" in capsys.readouterr().err
 
@@ -134,8 +144,45 @@ def test_classes_become_a_training_folder_that_goes_on(here, capsys):
     assert "was begun with seed = 0 (now 3)" in capsys.readouterr().err
     few("--count", "2", code=2)
     assert "every class has --count 2" in capsys.readouterr().err
-    few("--count", "6", code=2)
-    assert "was begun with count = 5 (now 6)" in capsys.readouterr().err
+    few("--count", "6")  # it grows, by one of each class near those that were found
+    assert "12 pictures of 2 classes are in out" in capsys.readouterr().out
+    for name, picture in before.items():
+        assert np.abs(pixels(Path("out") / name) - picture).max() <= 1
+    with np.load("out/seeds/red_fox/00003.npz") as held:
+        assert (held["start"], held["judge"]) == ("near others", "the model's own")
+    few("--count", "5", code=2)
+    assert "was begun with count = 6 (now 5); use the same, or more" in capsys.readouterr().err
+
+    shutil.copy("classes/owl/0.png", "classes/owl/3.png")  # real pictures are never left out
+    few("--count", "3", out="new")
+    said = capsys.readouterr()
+    assert "owl: more references than 3 pictures" in said.err
+    assert "7 pictures of 2 classes are in new" in said.out
+
+
+def test_a_class_whose_first_seed_fails_goes_on(here, capsys, monkeypatch):
+    """The next search for it is as long as the first; seeds start near all of the rounds before."""
+    from jaxgen.seedselect import search, starts
+
+    begin, near, begun = search.begin, starts.spread, []
+
+    def fails(seeds):
+        begun.append(len(begun))
+        return begin(seeds * np.nan if len(begun) == 1 else seeds)
+
+    def spread(held, seed, number):
+        begun.append((number, len(held)))
+        return near(held, seed, number)
+
+    monkeypatch.setattr(search, "begin", fails)
+    monkeypatch.setattr(starts, "spread", spread)
+    shutil.rmtree("classes/red_fox")
+    select("a {}", *OPTIONS, "--count", "8", images="classes")
+    assert "image 0 is left out: its loss is not finite" in capsys.readouterr().err
+    rows = map(json.loads, Path("out/metadata.jsonl").read_text().splitlines())
+    numbers = [row["index"] for row in rows if row["origin"] == "seedselect"]
+    assert numbers == [1, 2, 3, 4]
+    assert [one for one in begun if isinstance(one, tuple)] == [(2, 1), (3, 1), (4, 3)]
 
 
 def test_any_score_takes_the_place_of_meaning_and_branches_take_part(here):
@@ -154,14 +201,28 @@ def test_any_score_takes_the_place_of_meaning_and_branches_take_part(here):
         return images.mean((1, 2, 3))
 
     how = seedselect.Search(iterations=3, weight=1.0)
-    pictures, score = [[np.zeros((64, 64, 3), np.uint8)]], seedselect.Score(dark)
-    (found,) = seedselect.select(model, params, checked, pictures, how, score=score)
-    assert found.loss < found.history[0]
+    search = partial(seedselect.select, model, params, score=seedselect.Score(dark))
+    (found,) = search(checked, [[]], how)  # no references: the score is all
+    assert found.loss == found.meaning < found.history["loss"][0]
     again = jaxgen.sample(model, params, control=hint, latents=found.seed[None], **asked)
     assert np.abs(again[0].astype(int) - found.image).max() <= 1
     without, bare = jaxgen.load("tiny")
     other = jaxgen.sample(without, bare, latents=found.seed[None], **asked)
     assert np.abs(other[0].astype(int) - found.image).max() > 1
+
+    with pytest.raises(UserError, match="a prompt has no references"):
+        search(checked, [[]], replace(how, weight=0.9))
+
+    # One seed is bad from the start; the other's search ends between two images of its strip.
+    two = request.plan(model, request.Request(control=hint, count=2, batch=1, **asked))
+    start = lambda index: found.seed * (np.nan if index == 0 else 1)  # noqa: E731
+    ends = replace(how, iterations=20, learning_rate=0.0, patience=2)
+    (second,) = search(two, [[]], ends, start=start, frames=True)
+    assert second.index == 1
+    assert (len(second.history["norm"]), len(second.frames)) == (3, 3)
+    np.testing.assert_array_equal(second.frames[-1], second.image)
+    with pytest.raises(UserError, match="no loss is finite"):
+        list(search(two, [[]], ends, start=start, only=[0]))
 
 
 def test_references_are_cut_to_the_middle(here):

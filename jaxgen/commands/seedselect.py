@@ -21,7 +21,8 @@ from jaxgen.types import UserError
 
 Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 TEMPLATE = "a photo of a {}"
-AGAIN = 5  # iterations of a seed that starts from one found before
+AGAIN, GENTLE = 5, 0.02  # iterations and rate of a seed that starts from those found before
+RATES = {"gaussian": 0.1, "nao": 0.05}
 STRIPS = 16  # rows of strip.png at most
 
 
@@ -40,11 +41,12 @@ class Seedselect:
 
     jaxgen seedselect "a {}" --images FOLDER_WITH_A_FOLDER_FOR_EACH_CLASS --count 20
 
-    Writes 00000.png ..., grid.png and samples.jsonl as `jaxgen sample` does; strip.png, each
-    picture as it improves; seed.npz, the noise of these pictures; and to seeds/ each for itself.
+    Writes 00000.png ..., grid.png and samples.jsonl as `jaxgen sample` does, with the loss and its
+    parts, meaning and appearance, and the norm of the noise (1 is usual); strip.png, each picture
+    as it improves; seed.npz, the noise of these pictures; and to seeds/ each for itself.
     Where the folder of references holds a folder for each class, so does the output, as a training
     folder with metadata.jsonl: the references and as many new pictures as bring every class to
-    --count; stopped, it goes on by the same command.
+    --count; stopped, it goes on by the same command, and by a larger --count it grows.
     """
 
     prompt: Annotated[Positional[str | None], tyro.conf.arg(metavar="[PROMPT]")] = None
@@ -64,9 +66,11 @@ class Seedselect:
     """What the meaning counts, 0 to 1; the appearance counts the rest."""
     start: str = "gaussian"
     """Where seeds start: gaussian, noise; nao, between the noises that the references invert to; a
-    file of seeds, to go on from; or a folder of them (OUT/seeds), near which the new ones begin."""
+    file of seeds, to go on from; or a folder of them (OUT/seeds), near which the new ones begin:
+    near those that were found for the same prompt."""
     distance: Literal["cosine", "euclidean"] = "cosine"
-    """cosine, as in the released code, or euclidean, as in the paper."""
+    """cosine, as in the released code, or euclidean, as in the paper, but over the root of the
+    number of dimensions, so that --weight and --contrast count about as much."""
     contrast: float = 0.0
     """Where there are classes: weight of telling each from the others."""
     prior: float = 0.0
@@ -74,7 +78,8 @@ class Seedselect:
     subset: int = 0
     """References of which each picture is to be like, drawn for it; 0 is all."""
     rate: float | None = None
-    """Learning rate; 0.1 by default, 0.05 with --start nao; from iteration 3 on a tenth."""
+    """Learning rate; by default 0.1, 0.05 with --start nao, and 0.02 from seeds that were found (a
+    file, a folder, or a class's own); from iteration 3 on a tenth."""
     patience: int = 10
     """Iterations in a row after which a seed is left alone, unless they gained a thousandth."""
     target: float | None = None
@@ -116,7 +121,8 @@ class Seedselect:
         terminal.use_compile_cache()
         with terminal.notices_after():
             work = self._prepared()
-        work()
+        with terminal.notices_at_once():
+            work()
 
     def _prepared(self) -> Callable[[], None]:
         """The search, with all checked that can be before anything compiles."""
@@ -143,15 +149,15 @@ class Seedselect:
     def _search(self) -> Any:
         from jaxgen.seedselect import Search
 
-        nao = self.start == "nao"
         quick = self.start != "gaussian"
+        rate = RATES.get(self.start, GENTLE)
         return Search(
             iterations=(AGAIN if quick else 30) if self.iterations is None else self.iterations,
             weight=self.weight,
             distance=self.distance,
             contrast=self.contrast,
             prior=self.prior,
-            learning_rate=(0.05 if nao else 0.1) if self.rate is None else self.rate,
+            learning_rate=rate if self.rate is None else self.rate,
             patience=self.patience,
             target=self.target,
             subset=self.subset,
@@ -203,30 +209,32 @@ class Seedselect:
                 model, params, checked, [pictures], how,
                 judge=judge, start=start, progress=True, frames=True,
             )  # fmt: skip
-            writer.write(self._kept(found, writer, checked, model))
+            writer.write(self._kept(found, writer, checked, model, how))
             made = "1 picture is" if writer.count == 1 else f"{writer.count} pictures are"
             print(f"{made} in {self.out}; see {self.out / 'strip.png'}, each as it improved")
 
         return work
 
     def _kept(
-        self, found: Iterator[Any], writer: Writer, checked: request.Plan, model: Model
+        self, found: Iterator[Any], writer: Writer, checked: request.Plan, model: Model, how: Any
     ) -> Iterator[tuple[int, np.ndarray]]:
         """What was found, on its way to the pictures; seeds and strips are written beside them."""
         from jaxgen.seedselect import seeds
 
-        settings = {**identity(model, checked, self.dtype), "prompt": checked.request.prompts[0]}
+        made = {**self._made_with(), "weight": how.weight, "iterations": how.iterations}
+        settings = {**identity(model, checked, self.dtype), **made}
+        settings["prompt"] = checked.request.prompts[0]
         noises: dict[int, np.ndarray] = {}
         strips: dict[int, list[np.ndarray]] = {}
         try:
             for one in found:
                 name = f"seeds/{writer.first + one.index:05}.npz"
                 (self.out / "seeds").mkdir(exist_ok=True)
-                seeds.write(self.out / name, one.seed[None], {**settings, "loss": one.loss})
+                seeds.write(self.out / name, one.seed[None], settings | one.figures())
                 noises[one.index] = one.seed
                 if len(strips) < STRIPS:
                     strips[one.index] = one.frames
-                writer.of_picture[one.index] = {"latents": name, "loss": round(one.loss, 6)}
+                writer.of_picture[one.index] = {"latents": name, **one.figures(), **made}
                 yield one.index, one.image
         finally:
             if noises:
@@ -234,6 +242,11 @@ class Seedselect:
                 seeds.write(self.out / "seed.npz", ordered, settings)
                 strip = images.rows([strips[i] for i in sorted(strips)])
                 images.save_png(self.out / "strip.png", strip, "each row a seed, as it improves")
+
+    def _made_with(self) -> dict[str, Any]:
+        """What a seed's file says of where it came from; it may be used elsewhere."""
+        judge = "the model's own" if self.judge is None else str(self.judge)
+        return {"judge": judge, "start": self.start}
 
     def _start(self, model: Model, checked: request.Plan) -> Any:
         """gaussian and nao by name; seeds of a file as they are; near those of a folder."""
@@ -244,7 +257,8 @@ class Seedselect:
         path = Path(self.start)
         if not path.exists():
             raise UserError(f"--start {self.start} is neither gaussian, nao, nor a file or folder")
-        known = seeds.read(path, checked.latent_shape, identity(model, checked, self.dtype))
+        settings, prompt = identity(model, checked, self.dtype), checked.request.prompts[0]
+        known = seeds.read(path, checked.latent_shape, settings, prompt)
         if path.is_dir():
             return lambda index: starts.spread(known, self.seed, index)
         return known
@@ -275,16 +289,17 @@ class Seedselect:
         checked = request.plan(model, self._request(prompts, most, hints))
         pictures = {name: references.read(paths, checked.size) for name, paths in classes.items()}
         selection.check(checked, list(pictures.values()), how, judge, None, self.start)
-        made_with = {"start": self.start, "judge": str(self.judge)}
+        fewer, gentle = min(AGAIN, how.iterations), GENTLE if self.rate is None else self.rate
+        again = dataclasses.replace(how, iterations=fewer, learning_rate=gentle)
         dataset = fewshot.Dataset(
-            self.out, model, checked, pictures, how, self.count, self.dtype, **made_with
-        )
-        again = dataclasses.replace(how, iterations=min(AGAIN, how.iterations))
+            self.out, model, checked, pictures, how, again, self.count, self.dtype,
+            **self._made_with(),
+        )  # fmt: skip
 
         def work() -> None:
             where = sharding.by_rules(generate.mesh_for(checked))
             params = read_params(tensors, self.dtype, where)
-            dataset.fill(params, again, judge, self.start)
+            dataset.fill(params, judge, self.start)
             print(f"{dataset.count} pictures of {len(classes)} classes are in {self.out}")
 
         return work

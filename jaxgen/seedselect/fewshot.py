@@ -1,10 +1,11 @@
 """Few pictures of each class -> a training folder in which all classes have as many."""
 
+import contextlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxgen.denoiser import Model
 from jaxgen.output import identity
 from jaxgen.request import Plan
 from jaxgen.seedselect import references, seeds, selection, starts
+from jaxgen.seedselect.judges import Judge, meaning_by
 from jaxgen.seedselect.references import References
 from jaxgen.seedselect.search import Search
 from jaxgen.types import Params, UserError
@@ -39,8 +41,9 @@ class Dataset:
     """A folder for each class with its references and what was found, and one list of them all.
 
     A line of the list comes after its picture and seed, so that a run that is stopped goes on where
-    the list ends. Where a seed starts depends on its class, its number and the first seed of its
-    class.
+    the list ends, and a folder grows by a larger count. Seeds are found in rounds: number 0, then
+    1, 2 and 3, 4 to 7 and so on. Where one starts depends on its number and on what the rounds
+    before its own found for its class.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Dataset:
         checked: Plan,
         pictures: Mapping[str, Sequence[np.ndarray]],
         how: Search,
+        again: Search,
         count: int,
         dtype: str = "f32",
         **made_with: Any,
@@ -60,8 +64,10 @@ class Dataset:
             checked: a prompt for each class; its count is at least that of seeds of any class.
             pictures: the references of each class by name, uint8 [H, W, 3].
             how: the search for the first seed of each class.
-            count: pictures of each class in the end, references included.
-            made_with: what else must be the same where a run goes on.
+            again: the shorter and gentler one for seeds that start near others.
+            count: pictures of each class in the end, references included; a class that has more
+                references keeps them all. May be larger than it was, where a run goes on.
+            made_with: what else must be the same where a run goes on; seeds carry it.
 
         Raises:
             UserError: where nothing can be written, or what is there was made by other settings.
@@ -70,7 +76,13 @@ class Dataset:
             raise UserError(f"a class cannot be called {min(bad)}, as a part of {folder} is")
         self.folder, self.model, self.checked = folder, model, checked
         self.names, self.pictures, self.how = list(pictures), list(pictures.values()), how
+        self.again, self.made_with = again, made_with
         self.total, self.identity = count, identity(model, checked, dtype)
+        over = [name for name, rows in pictures.items() if len(rows) > count]
+        if over:
+            images.warn_once(
+                f"{', '.join(over)}: more references than {count} pictures; all of them are kept"
+            )
         request = checked.request
         wanted = {
             **self.identity,
@@ -80,6 +92,7 @@ class Dataset:
             "count": count,
             "references": [_digest(rows) for rows in self.pictures],
             **{k: str(v) for k, v in vars(how).items() if k not in FREE},
+            "rate_again": again.learning_rate,
             **made_with,
         }
         try:
@@ -111,10 +124,12 @@ class Dataset:
         if begun and where.exists():
             held = config.read_json(where)
             for name, value in wanted.items():
-                if held.get(name) != value:
+                was = held.get(name)
+                grows = name == "count" and isinstance(was, int) and was < value
+                if was != value and not grows:
                     raise UserError(
-                        f"{self.folder} was begun with {name} = {held.get(name)} (now {value}); "
-                        "use the same, or another --out"
+                        f"{self.folder} was begun with {name} = {was} (now {value}); use the same"
+                        f"{', or more' * (name == 'count')}, or another --out"
                     )
         elif any(p for p in self.folder.iterdir() if p != where):
             raise UserError(f"{self.folder} holds other files; name a new folder (--out)")
@@ -135,29 +150,36 @@ class Dataset:
                 raise UserError(f"{where} has a line that is none of ours: {line[:60]}") from None
         return found
 
-    def fill(
-        self, params: Params, again: Search, judge: selection.Judge, start: selection.Start
-    ) -> None:
-        """Copies the references; finds the first seed of each class, then others near it.
+    def fill(self, params: Params, judge: Judge, start: selection.Start) -> None:
+        """Copies the references; finds the first seed of each class, then others near those found.
 
         Args:
-            again: the shorter search for seeds that start from the first.
-            start: of first seeds, "gaussian" or "nao".
+            start: of first seeds, "gaussian" or "nao"; and of a class's next where those failed.
+
+        Raises:
+            UserError: where pictures are missing and no seed is found.
         """
         try:
             self._copy()
             left = self._left()
             if not left:
                 return
-            meaning = selection.meaning_by(judge, self.how)
+            meaning = meaning_by(judge, self.how)
             known = [
                 references.encode(self.model, params, rows, self.checked.size, meaning)
                 for rows in self.pictures
             ]
-            count = self.checked.request.count
-            first, rest = ([i for i in left if bool(i % count) == late] for late in (False, True))
-            self._find(params, known, self.how, judge, start, first)
-            self._find(params, known, again, judge, self._near(), rest)
+            before, most = self.count, self.checked.request.count
+            for late in range(most.bit_length() + 1):
+                wanted = [i for i in left if (i % most).bit_length() == late]
+                near = [i for i in wanted if self._earlier(i)]
+                far = [i for i in wanted if i not in near]
+                with contextlib.suppress(selection.NothingFound):  # each is named already
+                    self._find(params, known, self.how, judge, start, far)
+                with contextlib.suppress(selection.NothingFound):
+                    self._find(params, known, self.again, judge, self._near, near)
+            if self.count == before:
+                raise selection.NothingFound("no seed is found; try dtype f32")
         finally:
             self.close()
 
@@ -165,7 +187,7 @@ class Dataset:
         for mine, rows in enumerate(self.pictures):
             (self.folder / self.names[mine]).mkdir(exist_ok=True)
             (self.folder / SEEDS / self.names[mine]).mkdir(parents=True, exist_ok=True)
-            for number, picture in enumerate(rows[: self.total]):
+            for number, picture in enumerate(rows):
                 fitted = references.fit(picture, *self.checked.size)
                 more = {"origin": "reference"}
                 self._add(mine, f"reference_{number:05}.png", fitted, "a reference", more)
@@ -180,24 +202,26 @@ class Dataset:
             if f"{self.names[mine]}/{number:05}.png" not in self.done
         ]
 
-    def _near(self) -> Callable[[int], np.ndarray]:
-        """Starts near the first seed of a class."""
-        request, shape = self.checked.request, self.checked.latent_shape
+    def _earlier(self, index: int) -> list[Path]:
+        """Files of the seeds of its class that the rounds before its own found."""
+        mine, number = divmod(index, self.checked.request.count)
+        folder, first = self.folder / SEEDS / self.names[mine], (1 << number.bit_length()) >> 1
+        paths = (folder / f"{n:05}.npz" for n in range(first))
+        return [path for path in paths if path.is_file()]
 
-        def start(index: int) -> np.ndarray:
-            mine, number = divmod(index, request.count)
-            file = self.folder / SEEDS / self.names[mine] / "00000.npz"
-            held = seeds.read(file, shape, self.identity)
-            return starts.spread(held, request.seed, number)
-
-        return start
+    def _near(self, index: int) -> np.ndarray:
+        """A start [h, w, C] near them."""
+        checked = self.checked
+        held = [seeds.read(p, checked.latent_shape, self.identity) for p in self._earlier(index)]
+        number = index % checked.request.count
+        return starts.spread(np.concatenate(held), checked.request.seed, number)
 
     def _find(
         self,
         params: Params,
         known: list[References],
         how: Search,
-        judge: selection.Judge,
+        judge: Judge,
         start: selection.Start,
         wanted: list[int],
     ) -> None:
@@ -211,9 +235,13 @@ class Dataset:
             mine, number = divmod(found.index, request.count)
             prompt = request.prompts[mine]
             name = f"{SEEDS}/{self.names[mine]}/{number:05}.npz"
-            about = {"prompt": prompt, "loss": found.loss}
+            figures = found.figures()
+            about = {"prompt": prompt, "weight": how.weight, "iterations": how.iterations}
+            about |= self.made_with | figures
+            if how is self.again:
+                about["start"] = "near others"
             seeds.write(self.folder / name, found.seed[None], self.identity | about)
-            more: dict[str, Any] = {"latents": name, "loss": round(found.loss, 6)}
+            more: dict[str, Any] = {"latents": name, **figures}
             text = images.parameters_text(
                 prompt, request.negative, request.steps, self.identity["sampler"],
                 request.guidance, request.seed, self.checked.size, self.identity["model"],
