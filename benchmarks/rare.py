@@ -5,13 +5,19 @@
 
 `share`: how many pictures show the subject, by the judge of emoji_scenes, which learnt from real
 scenes alone: plain ones, after 10 and 30 iterations, from norm-aware starts, and from starts near
-one seed that 30 iterations found, each of the last two as they start and after 5 iterations. Beside
-it how far the parts that show a subject are apart, how far a picture is from the nearest reference
-(a copy is near), and seconds for each once compiled. Chance is plain pictures judged by the name of
-the next subject. `classifier`: a classifier of head and rare subjects that learns from real views,
-many of the one and five of the other, or also from as many pictures of the rare ones as of the
-head: the model's plain ones, or those that `jaxgen seedselect` adds; accuracy on other real views.
-Prints Markdown for benchmarks/README.md.
+the best seed that 30 iterations found for the subject, each of the last two as they start and after
+5 iterations. Beside it the mean distances to the references that a search minimises, in meaning, by
+the CLIP that it is judged by, and in appearance; how far the parts that show a subject are apart;
+how far a picture is from the nearest reference, in the mean and for the nearest in twenty (a copy
+is near); and seconds for each once compiled, with those of the search that a start near a seed
+needs. The first rows are the floor: a CLIP that finds real views of the next subject no farther
+than those of the own cannot lead to it. Norm-aware starts are not guided, and neither is the plain
+row at guidance 1. Chance is plain pictures judged by the name of the next subject.
+
+`classifier`: a classifier of head and rare subjects that learns from real views, many of the one
+and five of the other, or also from as many pictures of the rare ones as of the head: the model's
+plain ones, or those that `jaxgen seedselect` adds; accuracy on other real views. Prints Markdown
+for benchmarks/README.md.
 """
 
 import itertools
@@ -19,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +39,7 @@ from PIL import Image
 
 import jaxgen
 from jaxgen import request, seedselect
+from jaxgen.commands.seedselect import AGAIN, GENTLE, RATES
 from jaxgen.data import images
 from jaxgen.data.emoji_scenes import artwork, captions
 from jaxgen.data.emoji_scenes.artwork import Subject
@@ -40,12 +47,18 @@ from jaxgen.data.emoji_scenes.views import SubjectViews
 from jaxgen.evaluation import judge
 from jaxgen.evaluation.judge import CROP, Namer
 from jaxgen.save import check_new
-from jaxgen.seedselect import Found, Search, starts
+from jaxgen.seedselect import Found, Search, judges, references, starts
+from jaxgen.seedselect.objective import unit
+from jaxgen.seedselect.references import References
 from jaxgen.types import Params
 from sample import describe_machine
 
-TEST, AGAIN = 1000, 5  # first view of the test; iterations from a start that is near already
+TEST = 1000  # first view of the test
 LEARN, LEARNERS = 1500, 3  # steps of a classifier, and how many seeds it has
+COLUMNS = (
+    "pictures", "show the subject", "meaning", "appearance", "apart", "from a reference",
+    "5% of them", "seconds each",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,8 @@ class Bench:
 
     model: str | None = None
     """What `jaxgen seedselect --model` takes; the embedded model by default."""
+    judge: Path | None = None
+    """And `--judge`: the CLIP by which seeds are found; the model's own by default."""
     group: Literal["middle", "tail"] = "tail"
     """Of the subjects."""
     subjects: int = 8
@@ -111,14 +126,27 @@ def shares(bench: Bench, folder: Path) -> None:
     )  # fmt: skip
     checked = request.plan(model, asked)
     known = [views(s, 0, bench.references) for s in subjects]
-    eyes = seedselect.open_judge(None, bench.model)
-    table = Table(subjects, known, folder, judge.read())
+    eyes = seedselect.open_judge(bench.judge, bench.model)
+    meaning = judges.meaning_by(eyes, Search())
+
+    def encode(pictures: Sequence[np.ndarray]) -> References:
+        return references.encode(model, params, pictures, checked.size, meaning)
+
+    table = Table(subjects, known, [encode(rows) for rows in known], encode, folder, judge.read())
 
     def search(
-        name: str, iterations: int, start: Any = "gaussian", plan: Any = checked, **more: Any
-    ) -> list[Found]:
-        """A row of what is found; one iteration of a batch before it, to compile."""
-        how = Search(iterations=iterations, **more)
+        name: str,
+        iterations: int,
+        start: Any = "gaussian",
+        plan: Any = checked,
+        rate: float = 0.1,
+        before: float = 0.0,
+    ) -> tuple[list[Found], float]:
+        """A row of what is found, and seconds each; an iteration of a batch before, to compile.
+
+        `before`: seconds each of what the starts are of.
+        """
+        how = Search(iterations=iterations, learning_rate=rate)
 
         def run(how: Search, only: Sequence[int] | None) -> list[Found]:
             given = {"judge": eyes, "start": start, "only": only, "progress": True}
@@ -127,37 +155,47 @@ def shares(bench: Bench, folder: Path) -> None:
         run(replace(how, iterations=1), [0])
         begun = time.perf_counter()
         found = run(how, None)
+        seconds = (time.perf_counter() - begun) / len(found) + before
         # A single iteration looks at the start itself, and its time is that of its gradient too.
-        seconds = (time.perf_counter() - begun) / len(found) if iterations > 1 else None
-        table.row(name, [one.image for one in found], seconds)
-        return found
+        table.row(name, [one.image for one in found], seconds if iterations > 1 else None)
+        return found, seconds
 
     print(f"\n{bench.group}: {', '.join(s.name for s in subjects)}")
     print(f"{bench.references} references and {count} pictures of each, {bench.batch} at once;")
     print(f"{bench.steps} steps of DDIM, guidance {bench.guidance}\n")
-    print("| pictures | show the subject | apart | from a reference | seconds each |")
-    print("|---|---|---|---|---|", flush=True)
-    table.row("real views", [v for s in subjects for v in views(s, TEST, count)])
-    plain = partial(jaxgen.sample, model, params, **vars(asked))
-    plain()
-    begun = time.perf_counter()
-    pictures = [*plain()]
-    table.row("plain", pictures, (time.perf_counter() - begun) / len(pictures))
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    real = [v for s in subjects for v in views(s, TEST, count)]
+    table.row("real views", real)
+    table.row("real views of the next", [*real[count:], *real[:count]])
+
+    def plain(name: str, asked: request.Request) -> list[np.ndarray]:
+        run = partial(jaxgen.sample, model, params, **vars(asked))
+        run()
+        begun = time.perf_counter()
+        pictures = [*run()]
+        table.row(name, pictures, (time.perf_counter() - begun) / len(pictures))
+        return pictures
+
+    pictures = plain("plain", asked)
     table.row("chance", [*pictures[count:], *pictures[:count]])
+    alone = replace(asked, guidance=1.0)
+    plain("plain, guidance 1", alone)
     search("10 iterations", 10)
-    seeds = [one.seed for one in search("30 iterations", 30)]
-    unguided = request.plan(model, replace(asked, guidance=1.0))
+    found, seconds = search("30 iterations", 30)
+    unguided = request.plan(model, alone)
     for iterations in (1, AGAIN):
         name = "as they start" if iterations == 1 else f"{iterations} iterations"
-        search(f"norm-aware, {name}", iterations, "nao", unguided, learning_rate=0.05)
+        search(f"norm-aware, {name}", iterations, "nao", unguided, RATES["nao"])
+    groups = [[one for one in found if one.index // count == i] for i in range(len(subjects))]
+    best = [min(group, key=lambda one: one.loss).seed for group in groups]
 
     def near(index: int) -> np.ndarray:
         mine, number = divmod(index, count)
-        return starts.spread(seeds[mine * count][None], bench.seed, count + number)
+        return starts.spread(best[mine][None], bench.seed, count + number)
 
     for iterations in (1, AGAIN):
         name = "as they start" if iterations == 1 else f"{iterations} iterations"
-        search(f"near one found, {name}", iterations, near)
+        search(f"near one found, {name}", iterations, near, rate=GENTLE, before=seconds)
 
 
 @dataclass(frozen=True)
@@ -166,14 +204,16 @@ class Table:
 
     subjects: list[Subject]
     references: list[list[np.ndarray]]
+    known: list[References]  # the same, encoded
+    encode: Callable[[Sequence[np.ndarray]], References]
     folder: Path
-    params: Params  # of the judge
+    params: Params  # of the judge of emoji_scenes
 
     def row(self, name: str, pictures: Sequence[np.ndarray], seconds: float | None = None) -> None:
         """Pictures uint8 [64, 64, 3], those of one subject after another."""
-        each, crops, far = len(pictures) // len(self.subjects), [], []
+        each, crops, far = len(pictures) // len(self.subjects), [], list[float]()
         groups = [pictures[i : i + each] for i in range(0, len(pictures), each)]
-        for subject, references, rows in zip(self.subjects, self.references, groups, strict=True):
+        for subject, known, rows in zip(self.subjects, self.references, groups, strict=True):
             number = artwork.load().number(subject.name)
             seen = [
                 {found.subject: found.box for found in one.found}
@@ -181,14 +221,25 @@ class Table:
             ]
             shown = [(p, boxes[number]) for p, boxes in zip(rows, seen) if number in boxes]
             crops.append([judge.crop(*one) for one in shown])
-            far += [min(distance(picture, other) for other in references) for picture in rows]
+            far += [min(distance(picture, other) for other in known) for picture in rows]
         pairs = [distance(*pair) for parts in crops for pair in itertools.combinations(parts, 2)]
-        cells = [f"{sum(map(len, crops))} of {len(pictures)}"]
+        cells = [f"{sum(map(len, crops))} of {len(pictures)}", *self.minimised(groups)]
         cells += [f"{np.mean(pairs):.3f}" if pairs else "", f"{np.mean(far):.3f}"]
+        cells += [f"{np.quantile(far, 0.05):.3f}"]
         cells += ["" if seconds is None else f"{seconds:.1f}"]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
         file = self.folder / f"{name.replace(',', '').replace(' ', '_')}.png"
         images.save_png(file, images.rows(groups), name)
+
+    def minimised(self, groups: list[Sequence[np.ndarray]]) -> list[str]:
+        """Mean distances of each subject's pictures to its references: meaning and appearance."""
+        meaning, appearance = [], []
+        for known, rows in zip(self.known, groups, strict=True):
+            seen, own = self.encode(rows), unit(known.embeddings.mean(0))
+            meaning += (1 - seen.embeddings @ own).tolist()
+            square = (seen.latents - known.latents.mean(0)) ** 2
+            appearance += square.mean((1, 2, 3)).tolist()
+        return [f"{np.mean(meaning):.3f}", f"{np.mean(appearance):.3f}"]
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -211,13 +262,15 @@ def downstream(bench: Bench, folder: Path) -> None:
     common = [str(word) for item in options.items() if item[1] is not None for word in item]
     missing = bench.real - bench.references
 
+    judged = [] if bench.judge is None else ["--judge", bench.judge]
+
     def command(*words: Any) -> None:
         line = [sys.executable, "-m", "jaxgen", *map(str, words), *common]
         subprocess.run(line, check=True, stdout=sys.stderr)
 
     augmented, plain = folder / "augmented", folder / "plain"
     command("seedselect", "{}", "--images", folder / "references", "--out", augmented,
-            "--count", bench.real)  # fmt: skip
+            "--count", bench.real, *judged)  # fmt: skip
     prompts = [captions.noun(s) for s in rare]
     command("sample", *prompts, "--count", missing, "--sampler", "ddim", "--out", plain)
 
