@@ -177,7 +177,12 @@ class _Searching:
         bar: tqdm,
     ) -> Iterator[Found]:
         """One batch; the bar shows the means of the best losses, and of what they are made of."""
-        show = functools.partial(generate.finish, self.model, params, output="uint8")
+
+        def show(state: search.Progress) -> np.ndarray:
+            kept = jnp.isfinite(state.look.loss)[:, None, None, None]
+            latents = jnp.where(kept, state.latents, 0)  # what is left out need not be an image
+            return generate.finish(self.model, params, latents, "uint8")
+
         state, iterations = search.begin(seeds), self.how.iterations
         looks: list[np.ndarray] = []  # [4, B] each
         alive: list[np.ndarray] = []
@@ -191,12 +196,12 @@ class _Searching:
             look = jax.tree.map(np.asarray, state.look)
             done = not np.asarray(state.active).any()
             if i in shown or (shown and done):  # the strip ends with the image that is found
-                frames.append(show(state.latents))
+                frames.append(show(state))
             bar.set_postfix(_means(look, len(indices)), refresh=False)
             bar.update(iterations - i if done else 1)
             if done:
                 break
-        best, pictures = np.asarray(state.best), show(state.latents)
+        best, pictures = np.asarray(state.best), show(state)
         for row, index in enumerate(indices):
             if not np.isfinite(look.loss[row]):
                 images.warn_once(f"image {index} is left out: its loss is not finite at the start")
