@@ -203,7 +203,8 @@ def test_any_score_takes_the_place_of_meaning_and_branches_take_part(here):
     how = seedselect.Search(iterations=3, weight=1.0)
     search = partial(seedselect.select, model, params, score=seedselect.Score(dark))
     (found,) = search(checked, [[]], how)  # no references: the score is all
-    assert found.loss == found.meaning < found.history["loss"][0]
+    assert found.loss < found.history["loss"][0]
+    assert found.loss == pytest.approx(found.meaning, rel=1e-6)
     again = jaxgen.sample(model, params, control=hint, latents=found.seed[None], **asked)
     assert np.abs(again[0].astype(int) - found.image).max() <= 1
     without, bare = jaxgen.load("tiny")
@@ -212,17 +213,6 @@ def test_any_score_takes_the_place_of_meaning_and_branches_take_part(here):
 
     with pytest.raises(UserError, match="a prompt has no references"):
         search(checked, [[]], replace(how, weight=0.9))
-
-    # One seed is bad from the start; the other's search ends between two images of its strip.
-    two = request.plan(model, request.Request(control=hint, count=2, batch=1, **asked))
-    start = lambda index: found.seed * (np.nan if index == 0 else 1)  # noqa: E731
-    ends = replace(how, iterations=20, learning_rate=0.0, patience=2)
-    (second,) = search(two, [[]], ends, start=start, frames=True)
-    assert second.index == 1
-    assert (len(second.history["norm"]), len(second.frames)) == (3, 3)
-    np.testing.assert_array_equal(second.frames[-1], second.image)
-    with pytest.raises(UserError, match="no loss is finite"):
-        list(search(two, [[]], ends, start=start, only=[0]))
 
 
 def test_references_are_cut_to_the_middle(here):
