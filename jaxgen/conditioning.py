@@ -68,8 +68,7 @@ def condition(
     Least conditioned first: (negative, prompt); for editing (nothing, image, image and prompt).
     """
     request = checked.request
-    distilled = bool(model.unet.config.time_cond_proj_dim)  # reads the scale as an input
-    guided = request.guidance > 1 and not distilled
+    guided = request.guidance > 1 and not model.distilled
     rows = [0, 1] if guided else [1]  # of each text: 0 is the negative
     scales = [request.guidance] if guided else []
     if guided and checked.edits:
@@ -86,7 +85,7 @@ def condition(
     inputs = Inputs(text, concat=_channels(checked, pictures, len(indices), len(rows)))
     seen = [row > 0 or not guided for row in rows]  # in guess mode, by which branches
     inputs = inputs._replace(controls=_controls(model, checked, seen, indices, mesh))
-    if distilled:
+    if model.distilled:
         inputs = inputs._replace(guidance=(jnp.full(len(ids), request.guidance, jnp.float32),))
     low, high = request.guidance_interval
     numbers = (np.asarray(n, np.float32) for n in (scales, request.rescale, low, high))

@@ -44,6 +44,11 @@ class Model:
         return self.vae.config.factor
 
     @property
+    def distilled(self) -> bool:
+        """Whether the UNet reads the scale of guidance, as latent consistency models do."""
+        return bool(self.unet.config.time_cond_proj_dim)
+
+    @property
     def network(self) -> Network:
         """What denoises."""
         return Network(self.unet, self.controls)

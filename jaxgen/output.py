@@ -44,6 +44,7 @@ def identity(model: Model, checked: Plan, dtype: str = "f32") -> dict[str, Any]:
         "image": zlib.crc32(checked.image.tobytes()) if checked.image.size else 0,
         "mask": zlib.crc32(checked.pixel_mask.tobytes()) if checked.mask.size else 0,
         "start": checked.start,
+        "share": checked.share if checked.share != 1 else 0,
         "guidance_interval": interval,
     }
     return {

@@ -42,7 +42,8 @@ class Request:
         batch: images at once, over all devices; by default 1 per CPU, 4 per accelerator.
         size: (width, height) in pixels.
         image: uint8 [H, W, 3] to start from, or to edit.
-        strength: how far an image is noised, 0 < strength <= 1; 0.8 by default.
+        strength: how far an image is noised, 0 < strength <= 1; 0.8 by default. That share of the
+            steps is run; of a latent consistency model, all are, in that share of its timesteps.
         mask: bool [H, W], True where the image is repainted.
         control: for each ControlNet of the model, in order, a `Hint`, or its picture alone: one for
             all prompts, or one for each.
@@ -83,6 +84,7 @@ class Plan:
     schedule: Schedule
     grid: grids.Grid
     start: int  # first row of the grid that is run
+    share: float  # of the timesteps of a latent consistency model, over which the grid is spread
     from_noise: bool  # whether the run starts from pure noise, not from the noised image
     size: tuple[int, int]  # width, height in pixels
     latent_shape: tuple[int, int, int]  # h, w, C
@@ -121,14 +123,15 @@ def plan(model: Model, request: Request) -> Plan:
         )
 
     schedule = read_schedule(model, request.sampler, request.karras)
-    start, from_noise = _start(request, edits)
+    start, share, from_noise = _start(request, edits, _runs_all(model, request, schedule))
     latent = (height // model.factor, width // model.factor, model.vae.config.latent_channels)
     _check_latents(request, latent)
     return Plan(
         request=request,
         schedule=schedule,
-        grid=grids.grid(schedule, request.steps, start, request.eta),
+        grid=grids.grid(schedule, request.steps, start, request.eta, share),
         start=start,
+        share=share,
         from_noise=from_noise,
         size=size,
         latent_shape=latent,
@@ -264,11 +267,19 @@ def _size(model: Model, request: Request) -> tuple[int, int]:
     return width * f, height * f
 
 
-def _start(request: Request, edits: bool) -> tuple[int, bool]:
-    """The first step to run, and whether it starts from pure noise."""
+def _runs_all(model: Model, request: Request, schedule: Schedule) -> bool:
+    """Whether strength is of timesteps, not of steps: in one pipeline of diffusers', LCM's own."""
+    plain = request.mask is None and not model.controls
+    return model.distilled and schedule.sampler == "lcm" and plain
+
+
+def _start(request: Request, edits: bool, runs_all: bool) -> tuple[int, float, bool]:
+    """The first step to run, the share of an LCM's timesteps, and whether it is from pure noise."""
     if request.image is None or edits:
-        return 0, True
+        return 0, 1.0, True
     strength = 0.8 if request.strength is None else request.strength
+    if runs_all:
+        return 0, strength, False
     # In double precision: int(100 * 0.29) is 28, and would be 29 in float32.
     count = min(int(request.steps * strength), request.steps)
     if count < 1:
@@ -277,7 +288,7 @@ def _start(request: Request, edits: bool) -> tuple[int, bool]:
             f"strength {strength} of {request.steps} steps leaves none to run; take {least} or more"
         )
     # As in diffusers: only inpainting at full strength forgets the picture altogether.
-    return request.steps - count, request.mask is not None and strength == 1
+    return request.steps - count, 1.0, request.mask is not None and strength == 1
 
 
 def _hints(model: Model, request: Request, width: int, height: int) -> list[Hint]:

@@ -99,8 +99,10 @@ def theirs(variant, monkeypatch):
             call["image"] = Image.fromarray(image)
             if kind == "StableDiffusionInstructPix2Pix":
                 call["latents"] = noise
+            elif mask is not None:
+                kind = "StableDiffusionInpaint"
             else:
-                kind = "StableDiffusionInpaint" if mask is not None else "StableDiffusionImg2Img"
+                kind += "Img2Img"
         if mask is not None:
             call |= {"height": HEIGHT, "width": WIDTH}
             call["mask_image"] = Image.fromarray(mask.astype(np.uint8) * 255)
@@ -174,6 +176,11 @@ IMAGE_TO_IMAGE = {
     "ddpm": ("plain", {"sampler": "ddpm", "strength": 0.6}),
     "euler_a": ("plain", {"sampler": "euler_a", "strength": 0.6}),
     "v": ("v", {"strength": 0.6}),
+    **{
+        f"lcm at {strength}": ("lcm", {"guidance": 8.5, "steps": 4, "strength": strength})
+        for strength in (0.1, 0.75, 1.0)
+    },
+    "blend lcm": ("lcm", {"guidance": 8.5, "steps": 4, "strength": 0.6}),
     **{
         f"blend {sampler} at {strength}": ("plain", {"sampler": sampler, "strength": strength})
         for sampler in ("pndm", "euler")

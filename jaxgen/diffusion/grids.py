@@ -5,6 +5,7 @@ its grid (its order, its transfer, a forced last step) is a matter of coefficien
 on the device has no branches and no special first or last step.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +35,9 @@ class _Rows(NamedTuple):
     weights: tuple[np.ndarray, ...] = ()  # of the sampler's own
 
 
-def grid(schedule: Schedule, steps: int, start: int = 0, eta: float = 0.0) -> Grid:
+def grid(
+    schedule: Schedule, steps: int, start: int = 0, eta: float = 0.0, share: float = 1.0
+) -> Grid:
     """The points at which the schedule's sampler stands, noisiest first.
 
     Args:
@@ -44,12 +47,16 @@ def grid(schedule: Schedule, steps: int, start: int = 0, eta: float = 0.0) -> Gr
             before it are never run. A multistep sampler begins its history there, and `index` and
             `steps` of the points count what is run.
         eta: DDIM's share of fresh noise, 0 to 1.
+        share: of a latent consistency model's timesteps, the last ones, among which the steps are
+            spread, above 0 and at most 1: its way to start from an image.
 
     `weights[0]` bounds the predicted clean latent (inf does not); the others are each sampler's.
     """
-    _check(schedule, steps, eta)
+    _check(schedule, steps, eta, share)
     variance_exploding = schedule.sampler in ("euler", "euler_a")
-    rows = _ROWS[schedule.sampler](schedule, steps, start, eta)
+    lcm = schedule.sampler == "lcm"
+    rows_of = partial(_lcm_rows, share=share) if lcm else _ROWS[schedule.sampler]
+    rows = rows_of(schedule, steps, start, eta)
     length = len(rows.time)
     if not 0 <= start < length:
         raise UserError(f"start = {start} is not a row of a grid of {length}")
@@ -102,7 +109,7 @@ def pad(points: Point, rows: int = MAX_STEPS + 2) -> Point:
     return Point(**{name: longer(name, field) for name, field in points._asdict().items()})
 
 
-def _check(schedule: Schedule, steps: int, eta: float) -> None:
+def _check(schedule: Schedule, steps: int, eta: float, share: float) -> None:
     limit = min(schedule.num_train_timesteps, MAX_STEPS)
     if not 1 <= steps <= limit:
         raise UserError(f"steps = {steps} is not 1 to {limit}, the timesteps of this schedule")
@@ -110,6 +117,13 @@ def _check(schedule: Schedule, steps: int, eta: float) -> None:
         raise UserError(
             f"steps = {steps} is more than the {schedule.original_inference_steps} that this "
             "latent consistency model was distilled for (original_inference_steps)"
+        )
+    distilled = _distilled(schedule, share)
+    if schedule.sampler == "lcm" and steps > distilled:
+        raise UserError(
+            f"strength {share} leaves {distilled} of the {schedule.original_inference_steps} "
+            f"timesteps of this latent consistency model, fewer than {steps} steps; take fewer "
+            "steps, or more strength"
         )
     if not 0 <= eta <= 1:
         raise UserError(f"eta = {eta} is not 0 to 1")
@@ -214,10 +228,16 @@ def _ddpm_rows(schedule: Schedule, steps: int, start: int, eta: float) -> _Rows:
     return _Rows(times, _amplitudes(here), _amplitudes(after), fresh, (clean, x))
 
 
-def _lcm_rows(schedule: Schedule, steps: int, start: int, eta: float) -> _Rows:
+def _distilled(schedule: Schedule, share: float) -> int:
+    """How many of a latent consistency model's timesteps make up a share, as diffusers counts."""
+    return int(schedule.original_inference_steps * share)
+
+
+def _lcm_rows(schedule: Schedule, steps: int, start: int, eta: float, share: float = 1.0) -> _Rows:
     # Evenly skipped from the timesteps of the distillation; timestep_spacing has no say.
-    count = schedule.original_inference_steps
-    distilled = np.arange(count, 0, -1) * (schedule.num_train_timesteps // count) - 1
+    count = _distilled(schedule, share)
+    stride = schedule.num_train_timesteps // schedule.original_inference_steps
+    distilled = np.arange(count, 0, -1) * stride - 1
     times = distilled[np.linspace(0, count, steps, endpoint=False).astype(int)]
 
     here = alphas_cumprod(schedule)[times]

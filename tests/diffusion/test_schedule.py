@@ -246,6 +246,7 @@ def test_padding_adds_terminal_rows_only():
         ({}, {"steps": 1000}, "steps_offset = 1 need.*take fewer"),
         ({"sampler": "dpmpp", "steps_offset": 0}, {"steps": 1000}, "leading spacing"),
         ({"sampler": "lcm"}, {"steps": 51}, "original_inference_steps"),
+        ({"sampler": "lcm"}, {"steps": 11, "share": 0.2}, "strength 0.2 leaves 10 of the 50"),
         ({}, {"steps": 5, "start": 5}, "start = 5"),
         ({}, {"steps": 5, "eta": 1.5}, "eta = 1.5 is not 0 to 1"),
         ({}, {"steps": 5, "eta": math.nan}, "eta = nan"),
