@@ -24,6 +24,7 @@ from jaxgen.weights.files import Tensor, Tensors
 
 PREDICTIONS = single_file.PREDICTION_TYPES
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+STORED = {**DTYPES, "f16": jnp.float16}  # computing in f16 overflows
 PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
@@ -71,6 +72,8 @@ def load(
     Raises:
         UserError: one line that names what is missing, damaged or not supported.
     """
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     model, tensors = open_model(ref, variant, prediction, control=control)
     return model, read_params(tensors, dtype, sharding.by_rules(mesh, rules))
 
@@ -98,13 +101,24 @@ def open_model(
     else:
         model, released = _open_folder(path, variant)
     model = _predicting(model, prediction)
-    tensors = {}
-    for name in PARTS:
-        tensors[name] = checked(getattr(model, name), released[name], f"{ref or path}: {name}")
+    tensors = _checked(model, released, str(ref or path))
     model = dataclasses.replace(model, name=str(ref or EMBEDDED.name))
     if control is None:
         control = controls.found_in(path) if path.is_dir() else ()
     return controls.attach(model, tensors, control, variant)
+
+
+def _checked(model: Model, released: Mapping[str, Tensors], where: str) -> dict[str, Tensors]:
+    """`parts.checked` of each part; what does not fit, in any of them, is said at once."""
+    tensors, wrong = {}, []
+    for name in PARTS:
+        try:
+            tensors[name] = checked(getattr(model, name), released[name], f"{where}: {name}")
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError("; ".join(wrong))
+    return tensors
 
 
 def _predicting(model: Model, prediction: str | None) -> Model:
@@ -119,11 +133,9 @@ def read_params(
     dtype: str | None = "f32",
     layout: sharding.Layout | None = None,
 ) -> Params:
-    """The tensors of `open_model` as parameters, of a dtype as in `load`, where a layout says."""
+    """The tensors of `open_model` as parameters, of a dtype of `STORED`, where a layout says."""
     layout = layout or sharding.by_rules(None)
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    kind = DTYPES[dtype] if dtype else None
+    kind = STORED[dtype] if dtype else None
     params = {}
     with ThreadPoolExecutor(4) as pool:  # copying and turning axes is most of the time
         for name, part in tensors.items():
@@ -228,6 +240,10 @@ def _check(model: Model) -> None:
             f"{model.name}: the VAE has {model.vae.config.latent_channels} latent channels, "
             f"the UNet predicts {model.unet.config.out_channels}"
         )
+    for name in ("in_channels", "out_channels"):
+        channels = getattr(model.vae.config, name)
+        if channels != 3:
+            raise UserError(f"{model.name}: the VAE has {name} = {channels}, and pictures have 3")
     length, positions = model.tokenizer.length, model.text_encoder.config.max_position_embeddings
     if length > positions:
         raise UserError(
@@ -240,9 +256,9 @@ def _check(model: Model) -> None:
         )
 
 
-def describe(ref: str | Path) -> str:
+def describe(ref: str | Path, variant: str = "") -> str:
     """What a model holds, in lines for people: parts, sizes, prediction type, defaults."""
-    model, tensors = open_model(ref)
+    model, tensors = open_model(ref, variant)
     unet = model.unet.config
     kinds = {9: "inpainting (9 channels)", 8: "instruction editing (8 channels)"}
     side = unet.sample_size[0] if isinstance(unet.sample_size, tuple) else unet.sample_size

@@ -63,13 +63,15 @@ CONTROLNET = Part(
 
 
 def checked(network: Any, released: Tensors, where: str) -> Tensors:
-    """Released tensors under their paths. UserError unless they are all that the network has."""
+    """Released tensors under their paths.
+
+    Raises:
+        UserError: unless they are all that the network has; it names every one that is not.
+    """
     tensors = rename.by_path(released)
-    expected = trees.shapes(network.init)
-    files.report(_keys(trees.flatten(expected)), _keys(tensors), where)
-    whole = [p for p, tensor in tensors.items() if tensor.dtype not in files.FLOATS]
-    if whole:
-        raise UserError(f"{where}: {rename.to_key(whole[0])} holds no floating numbers")
+    expected = trees.flatten(trees.shapes(network.init))
+    whole = [rename.to_key(p) for p, t in tensors.items() if t.dtype not in files.FLOATS]
+    files.report(_keys(expected), _keys(tensors), where, whole)
     return tensors
 
 

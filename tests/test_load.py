@@ -62,6 +62,19 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(folder):
     )
 
 
+def test_every_part_that_does_not_fit_is_named_at_once(folder):
+    vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    whole = ("conv_in.bias", "conv_out.bias")
+    unet = load_file(folder / UNET)
+    save_file(unet | {key: unet[key].astype(np.int32) for key in whole}, folder / UNET)
+    save_file(load_file(vae) | {"spare.bias": np.zeros(3, np.float32)}, vae)
+    refused(
+        folder,
+        "unet does not fit its config; 2 of whole numbers: conv_in.bias, conv_out.bias; ",
+        "vae does not fit its config; 1 unexpected: spare.bias",
+    )
+
+
 def test_a_kernel_with_too_many_axes_is_misshapen(folder):
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     key = "decoder.mid_block.attentions.0.to_q.weight"  # 1x1 there, as in old files, is well
@@ -81,6 +94,14 @@ def test_what_a_shard_holds_beside_its_index_is_unexpected(folder):
 def empty(folder):
     shutil.rmtree(folder)
     folder.mkdir()
+
+
+def edit_vae(folder, name, out_channels):
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    edit(folder / "vae" / "config.json", out_channels=out_channels)
+    tensors = load_file(path)
+    cut = {k: v[:out_channels] for k, v in tensors.items() if k.startswith(name)}
+    save_file(tensors | cut, path)
 
 
 DAMAGE = {
@@ -123,6 +144,10 @@ DAMAGE = {
     "another latent": (
         lambda f: edit(f / "vae" / "config.json", latent_channels=16),
         "the VAE has 16 latent channels, the UNet predicts 4",
+    ),
+    "a VAE of masks": (
+        lambda f: edit_vae(f, "decoder.conv_out", out_channels=1),
+        "the VAE has out_channels = 1, and pictures have 3",
     ),
     "another vocabulary": (
         lambda f: edit(f / "text_encoder" / "config.json", vocab_size=599),

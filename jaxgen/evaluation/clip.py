@@ -72,10 +72,8 @@ def open_clip(folder: str | Path) -> Clip:
     tensors = rename.by_path(released)
     expected = trees.flatten({**trees.shapes(text.init), **trees.shapes(vision.init)})
     expected["logit_scale"] = jax.ShapeDtypeStruct((), jnp.float32)
-    files.report(_shapes(expected), _shapes(tensors), str(folder))
-    whole = [path for path, tensor in tensors.items() if tensor.dtype not in files.FLOATS]
-    if whole:
-        raise UserError(f"{folder}: {rename.to_key(whole[0])} holds no floating numbers")
+    whole = [rename.to_key(p) for p, t in tensors.items() if t.dtype not in files.FLOATS]
+    files.report(_shapes(expected), _shapes(tensors), str(folder), whole)
     tokenizer = Tokenizer.read(folder)
     known, places = text.config.vocab_size, text.config.max_position_embeddings
     if tokenizer.size > known or tokenizer.length > places:

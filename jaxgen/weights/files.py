@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -226,10 +227,27 @@ def save_folder(
         index.unlink(missing_ok=True)
 
 
+def fingerprint(parts: Mapping[str, Tensors]) -> str:
+    """What tells these parameters from others: names, shapes, and a few values of each tensor."""
+    found = 0
+    for name in sorted(parts):
+        for key, tensor in sorted(parts[name].items()):
+            block = np.ascontiguousarray(tensor.read((slice(0, 4),) * len(tensor.shape)))
+            found = zlib.crc32(f"{name}/{key} {tensor.shape}".encode(), found)
+            found = zlib.crc32(block.tobytes(), found)
+    return f"{found:08x}"
+
+
 def report(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    where: str,
+    whole: Iterable[str] = (),
 ) -> None:
-    """Compares tensor names and shapes; one error tells of every difference at once."""
+    """Compares tensor names and shapes; one error tells of every difference at once.
+
+    Those that hold whole numbers, `whole`, are named with them.
+    """
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
     shapes = [
@@ -238,7 +256,12 @@ def report(
         if tuple(expected[k]) != tuple(found[k])
     ]
     parts = []
-    for title, items in (("missing", missing), ("unexpected", extra), ("misshapen", shapes)):
+    for title, items in (
+        ("missing", missing),
+        ("unexpected", extra),
+        ("misshapen", shapes),
+        ("of whole numbers", sorted(whole)),
+    ):
         if items:
             parts.append(f"{len(items)} {title}: {', '.join(items)}")
     if parts:

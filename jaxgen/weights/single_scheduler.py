@@ -35,7 +35,7 @@ def predicted(path: Path | None, predicts_v: bool, where: str) -> str:
     if predicts_v:
         log.warning(
             "%s does not tell whether it predicts v (Stable Diffusion 2 at 768 pixels) or epsilon "
-            "(2-base, at 512); v is assumed; say epsilon (--prediction) for the other",
+            "(2-base, at 512); v is assumed; `--prediction epsilon` samples or converts the other",
             where,
         )
         return "v_prediction"

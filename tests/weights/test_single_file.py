@@ -349,7 +349,7 @@ def test_prediction_type_is_given_or_read_beside_the_file_or_guessed_aloud(
     assert configs["scheduler"]["prediction_type"] == prediction
     assert configs["unet"]["sample_size"] == size
     assert configs["unet"]["upcast_attention"] == (size == 96)
-    assert ("say epsilon (--prediction)" in caplog.text) == warns
+    assert ("`--prediction epsilon`" in caplog.text) == warns
 
 
 def test_an_inpainting_model_of_2_is_taken_to_predict_epsilon(caplog):
