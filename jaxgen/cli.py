@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import tyro
 
 from jaxgen import terminal
@@ -36,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(141)
     except OSError as error:  # a full disk, a name too long, a folder that vanished
         print(f"jaxgen: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("jaxgen: out of memory; take a smaller --size or --batch", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\njaxgen: stopped; nothing unfinished is left behind", file=sys.stderr)

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,20 @@ from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model
 from jaxgen.request import Plan
 from jaxgen.types import Params, UserError
+from jaxgen.weights import files
+from jaxgen.weights.files import Tensors
 
 GRID = 64  # pictures at most in grid.png
+LIST = "samples.jsonl"
 
 
-def identity(model: Model, checked: Plan, dtype: str = "f32") -> dict[str, Any]:
+def identity(
+    model: Model, checked: Plan, tensors: Mapping[str, Tensors], dtype: str = "f32"
+) -> dict[str, Any]:
     """What decides a plan's pictures beside noise and prompts: what a seed is good for.
 
-    Hints count by their pixels, and the settings that are seldom used as one text.
+    Weights, the model's `tensors`, count by a few values of each, hints by their pixels, and the
+    settings that are seldom used as one text.
     """
     request = checked.request
     control = [
@@ -51,7 +57,9 @@ def identity(model: Model, checked: Plan, dtype: str = "f32") -> dict[str, Any]:
         "sampler": checked.schedule.sampler,
         "steps": request.steps,
         "guidance": float(request.guidance),
-        "model": Path(model.name).name,
+        "model": _called(model),
+        "weights": files.fingerprint(tensors),
+        "prediction": checked.schedule.prediction_type,
         "negative": request.negative,
         "dtype": dtype,
         "control": "; ".join(control),
@@ -59,37 +67,63 @@ def identity(model: Model, checked: Plan, dtype: str = "f32") -> dict[str, Any]:
     }
 
 
+def _called(model: Model) -> str:
+    """The last name of a model's folder, file or hub id, also where the folder is `.`."""
+    return Path(os.path.abspath(model.name)).name
+
+
+@contextlib.contextmanager
+def writing(folder: Path, model: Model, checked: Plan, dtype: str = "f32") -> Iterator["Writer"]:
+    """A writer to a folder that is held, and is made where there is none.
+
+    Of what was made, nothing stays if nothing is written.
+
+    Raises:
+        UserError: if nothing can be written there, or another run is writing.
+    """
+    made: list[Path] = []
+    lock = None
+    try:
+        try:
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = locks.hold(folder, "--out")
+            first = _next_number(folder)
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
+        yield Writer(folder, model, checked, dtype, first)
+    finally:
+        with contextlib.suppress(OSError):  # it holds something
+            for path in made:
+                path.rmdir()
+        if lock is not None:
+            os.close(lock)
+
+
+def _next_number(folder: Path) -> int:
+    """Of the first picture to come. Raises OSError if the list of pictures cannot be written."""
+    path = folder / LIST
+    known = path.exists()
+    path.open("a").close()
+    if not known:  # until there is a picture to list
+        path.unlink()
+    numbers = [int(p.stem) for p in folder.glob("*.png") if re.fullmatch(r"\d+", p.stem)]
+    return max(numbers, default=-1) + 1
+
+
 class Writer:
     """Writes the images of a plan as they are finished.
 
     A folder that holds samples already is added to: numbers go on where they stopped. Renamed to
-    `metadata.jsonl`, the list makes the folder a training folder.
+    `metadata.jsonl`, the list makes the folder a training folder. `writing` makes one. Settings of
+    one picture alone may be added to `of_picture`, by its index, before it comes.
     """
 
-    def __init__(
-        self, folder: Path, model: Model, checked: Plan, dtype: str = "f32", **further: Any
-    ):
-        """Makes the folder, or raises UserError if nothing can be written there.
-
-        `further` are more settings for the PNGs, as `images.parameters_text` takes them; those of
-        one picture alone may be added to `of_picture`, by its index, before it comes.
-        """
+    def __init__(self, folder: Path, model: Model, checked: Plan, dtype: str, first: int):
+        """The folder is there, and `first` is the number of the first picture."""
         self.folder, self.model, self.checked, self.dtype = folder, model, checked, dtype
-        self.further, self.of_picture = further, dict[int, dict[str, Any]]()
-        self.list = folder / "samples.jsonl"
-        try:
-            self.made = not folder.exists()
-            folder.mkdir(parents=True, exist_ok=True)
-            self.lock = locks.hold(folder, "--out")
-            known = self.list.exists()
-            self.list.open("a").close()
-            if not known:  # until there is a picture to list
-                self.list.unlink()
-            numbers = [int(p.stem) for p in folder.glob("*.png") if re.fullmatch(r"\d+", p.stem)]
-        except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
-        self.first = max(numbers, default=-1) + 1
-        self.count = 0
+        self.of_picture: dict[int, dict[str, Any]] = {}
+        self.list, self.first, self.count = folder / LIST, first, 0
 
     def write_all(self, params: Params) -> None:
         """Samples and writes everything, with a progress bar."""
@@ -107,11 +141,6 @@ class Writer:
             if shown:
                 grid = images.grid(np.stack([shown[i] for i in sorted(shown)]))
                 images.save_png(self.folder / "grid.png", grid, f"{len(shown)} pictures")
-            elif self.made:
-                with contextlib.suppress(OSError):
-                    self.folder.rmdir()
-            if self.lock is not None:
-                os.close(self.lock)
 
     def _write(self, index: int, image: np.ndarray) -> None:
         more = self.of_picture.get(index, {})
@@ -125,7 +154,7 @@ class Writer:
             settings["guidance"],
             settings["seed"],
             self.checked.size,
-            Path(self.model.name).name,
+            _called(self.model),
             karras=self.checked.schedule.use_karras_sigmas,
             index=settings["index"],
             **self._further() | more,
@@ -140,7 +169,9 @@ class Writer:
     def _further(self) -> dict[str, Any]:
         """The settings that are not at their defaults, as readers of PNGs name them."""
         request, checked = self.checked.request, self.checked
+        predicts = checked.schedule.prediction_type
         further: dict[str, Any] = {
+            "prediction": predicts if predicts != "epsilon" else None,
             "image_guidance": checked.image_guidance if checked.edits else None,
             "guidance_rescale": request.rescale or None,
             "eta": request.eta or None,
@@ -157,7 +188,7 @@ class Writer:
             further["guidance_interval"] = "{:g} to {:g}".format(*request.guidance_interval)
         if checked.image.size and not checked.edits:
             further["denoising_strength"] = 0.8 if request.strength is None else request.strength
-        return further | self.further
+        return further
 
     def _settings(self, index: int) -> dict[str, Any]:
         request = self.checked.request

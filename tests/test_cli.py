@@ -11,13 +11,18 @@ import time
 import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
 
-from jaxgen import cli, generate, locks
+from jaxgen import cli, generate, locks, output, request
+from jaxgen.commands import sample as commands_sample
 from jaxgen.data import images, latents
+from jaxgen.load import open_model
+from jaxgen.seedselect import seeds
+from tests.weights.test_single_file import SHAPES
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 
@@ -127,6 +132,14 @@ def test_prompts_come_from_a_file_too(here):
     assert [row["text"] for row in rows] == ["a red boat", "a fox", "an owl"]
 
 
+@pytest.mark.parametrize(("batch", "steps"), [("1", 6), ("3", 2)], ids=["1 device", "3 devices"])
+def test_the_bar_counts_every_step_of_every_batch(batch, steps, here, capsys):
+    sample("a fox", "--sampler", "ddim", "--count", "3", "--batch", batch)
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert f"| {steps}/{steps} [" in last
+    assert "step" in last
+
+
 def transparent() -> None:
     images.warn_once.cache_clear()
     Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save("clear.png")
@@ -160,6 +173,45 @@ def test_convert_and_info(here, capsys):
     assert "203,204 parameters" in capsys.readouterr().out
     run("convert", "tiny", "copy", code=2)
     assert "copy exists already" in capsys.readouterr().err
+
+
+def test_half_precision_goes_to_files(here, capsys):
+    run("convert", "tiny", "half", "--dtype", "f16")
+    assert {str(v.dtype) for v in safetensors.numpy.load_file("half" + UNET[4:]).values()} == {
+        "float16"
+    }
+    run("info", "half", "--variant", "fp16", code=2)
+    assert "has no diffusion_pytorch_model.fp16.safetensors" in capsys.readouterr().err
+    Path("half" + UNET[4:]).rename("half/unet/diffusion_pytorch_model.fp16.safetensors")
+    shutil.copy(UNET, "half/unet")
+    for part in ("vae", "text_encoder"):
+        (path,) = Path("half", part).glob("*.safetensors")
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    run("info", "half")
+    assert "float32" in capsys.readouterr().out
+    run("info", "half", "--variant", "fp16")
+    assert "float32" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["convert", "single.safetensors", "new", "--dtype", "f8"], "--dtype f8 is not one of f32"),
+        (["convert", "single.safetensors", "new", "--prediction", "eps"], "prediction 'eps'"),
+        (["convert", "single.safetensors", "new"], "the tokenizer knows 49408 tokens"),
+        (["info", "single.safetensors"], "the tokenizer knows 49408 tokens"),
+    ],
+)
+def test_a_bad_file_is_one_line_whatever_there_is_to_say_of_it(arguments, words, here, capsys):
+    # It does not say what it predicts, of which there is a notice, and has too few tokens.
+    values = {key: np.zeros(shape, np.float32) for key, shape in SHAPES["2.x"].items()}
+    safetensors.numpy.save_file(values, "single.safetensors")
+    run(*arguments, code=2)
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert words in said.err
+    assert said.out == ""
+    assert not Path("new").exists()
 
 
 def spoil(path: str, content: bytes) -> None:
@@ -322,7 +374,9 @@ BAD = {
     "eta of another sampler": (None, ["tiny", "--eta", "0.5"], "eta = 0.5 has no meaning for pndm"),
     "karras of another sampler": (None, ["tiny", "--karras"], "karras belongs to"),
     "no such branch": (None, ["tiny", "--box", "a fox@0,0,1,1"], "--box"),
-    "no such branch, boxes": (None, ["tiny", "--box", "a fox@0,0,1,1"], "--box"),
+    "no such branch, subjects": (None, ["tiny", "--demo", "photo.png@a fox"], "--demo"),
+    "no such branch, LoRA": (None, ["tiny", "--lora", "style.safetensors@0.5"], "--lora"),
+    "no such branch, words": (None, ["tiny", "--token", "cat.safetensors"], "--token"),
     "no such option": (None, ["tiny", "--stepz", "3"], "--steps"),
     "unknown dtype": (None, ["tiny", "--dtype", "f8"], "f32, bf16"),
     "damaged tokenizer": (
@@ -361,6 +415,63 @@ def test_a_seed_file_may_hold_its_guidance_in_float32(here):
     sample("a fox", "--latents", "seed.npz", "--guidance", "7.5", code=2)
 
 
+def changed(folder: str, delta: float) -> None:
+    """Weights as after a little more training."""
+    path = f"{folder}/{UNET.removeprefix('tiny/')}"
+    tensors = {k: v + np.float32(delta) for k, v in safetensors.numpy.load_file(path).items()}
+    Path(path).unlink()
+    safetensors.numpy.save_file(tensors, path)
+
+
+def test_a_seed_is_of_weights_whatever_their_folder_is_called(here, capsys, monkeypatch):
+    for run_name in ("one", "two"):
+        shutil.copytree("tiny", f"{run_name}/model")
+    changed("two/model", 1e-4)
+    model, tensors = open_model("one/model")
+    plan = request.plan(model, request.Request(prompts=["a fox"], steps=2))
+    noise = np.random.default_rng(0).standard_normal((1, 16, 16, 4), dtype=np.float32)
+    seeds.write(Path("seed.npz"), noise, output.identity(model, plan, tensors))
+
+    replay = ("sample", "a fox", "--steps", "2", "--latents", str(Path("seed.npz").resolve()))
+    run(*replay, "--model", "two/model", code=2)
+    assert "seed.npz was found under weights " in capsys.readouterr().err
+    run(*replay, "--model", "one/model", "--prediction", "v_prediction", code=2)
+    assert "prediction epsilon (here v_prediction)" in capsys.readouterr().err
+    run(*replay, "--model", "tiny")
+    monkeypatch.chdir("one/model")
+    run(*replay, "--model", ".")
+    assert ", Model: model," in Image.open("samples/00000.png").text["parameters"]
+
+
+def test_a_run_that_writes_nothing_leaves_no_folder(here, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands_sample, "read_params", stopped)
+    Path("mine").mkdir()
+    for out in ("new/deep", "mine"):
+        run("sample", "a fox", "--model", "tiny", "--steps", "2", "--out", out, code=130)
+    assert not Path("new").exists()
+    assert [*Path("mine").iterdir()] == []
+
+
+def test_a_grid_that_cannot_be_written_does_not_hold_the_folder(here, monkeypatch):
+    save = images.save_png
+
+    def full(path, *args):
+        if path.name == "grid.png":
+            raise OSError(28, "No space left on device")
+        save(path, *args)
+
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    monkeypatch.setattr(generate, "run", lambda *args, **kwargs: iter([(0, grey)]))
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "save_png", full)
+        sample("a fox", code=2)
+    sample("a fox")
+    assert Path("out/00001.png").exists()
+
+
 def test_two_runs_do_not_write_to_one_folder(here, capsys):
     Path("out").mkdir()
     other = locks.hold(Path("out"), "--out")
@@ -395,6 +506,23 @@ def test_weights_that_are_whole_numbers_are_an_error(here, capsys):
     assert key in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 1 TiB"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nAt"),
+    ],
+)
+def test_out_of_memory_is_one_line(error, here, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(generate, "run", full)
+    sample("a fox", code=2)
+    assert capsys.readouterr().err == "jaxgen: out of memory; take a smaller --size or --batch\n"
+    assert not Path("out").exists()
+
+
 def test_an_option_that_does_not_exist_is_named_once(here, capsys):
     sample("a fox", "--stepz", "3", code=2)
     assert capsys.readouterr().err.count("--stepz") == 1
@@ -414,6 +542,8 @@ def test_the_prediction_that_is_given_is_sampled_and_converted(here):
     run("convert", "tiny", "copy", "--prediction", "v_prediction")
     scheduler = json.loads(Path("copy/scheduler/scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == "v_prediction"
+    texts = [Image.open(f"out/0000{i}.png").text["parameters"] for i in (0, 1)]
+    assert ["Prediction: v_prediction" in text for text in texts] == [False, True]
 
 
 @pytest.mark.parametrize("name", ["out", "out/samples.jsonl"])

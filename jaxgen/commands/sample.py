@@ -1,5 +1,6 @@
 """`jaxgen sample`: pictures from prompts."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ from jaxgen.data import images, latents
 from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model
 from jaxgen.load import DTYPES, open_model, read_params
-from jaxgen.output import Writer, identity
+from jaxgen.output import identity, writing
 from jaxgen.types import UserError
 
 Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -39,20 +40,25 @@ class Sample:
     prompts: Path | None = None
     """A file of more prompts, one a line."""
     model: str | None = None
-    """A folder in the diffusers layout, a hub id, or a single safetensors file; by default the
-    embedded model: emoji on coloured backgrounds, 64x64."""
+    """A folder in the diffusers layout, a hub id, a single safetensors file, or fresh:NAME, an
+    architecture with random weights; by default the embedded model: emoji on coloured backgrounds,
+    64x64."""
+    variant: str = ""
+    """Which of a folder's files to read, where it holds several: fp16, ..."""
     prediction: str | None = None
-    """What the network predicts, where a single file does not say: epsilon or v_prediction."""
+    """What the network predicts, where a single file does not say: epsilon, v_prediction or
+    sample."""
     negative: str = ""
-    """What to lead away from."""
+    """What guidance leads away from."""
     steps: int = 30
-    """Steps of a full run; up to 1000 without a new compilation."""
+    """Steps of a full run; up to 1000 without a new compilation (999 in Stable Diffusion 1.x's own
+    grid, 50 by lcm)."""
     sampler: str | None = None
     """ddim, ddpm, euler, euler_a, dpmpp, pndm, lcm or edict; by default the model's own."""
     guidance: float = 7.5
     """Scale of classifier-free guidance; 1 or less turns it off."""
     image_guidance: float | None = None
-    """For models that edit pictures: how closely to follow the picture; 1.5 by default."""
+    """For models that edit pictures: how closely to follow the picture, from 1; 1.5 by default."""
     rescale: float = 0.0
     """Share of the guided prediction brought back to the unguided contrast, 0 to 1."""
     guidance_interval: str = "0,1"
@@ -62,7 +68,7 @@ class Sample:
     karras: bool = False
     """Noise levels of Karras et al. 2022, for euler and dpmpp."""
     clip_skip: int = 0
-    """Layers of the text encoder to leave out at its end."""
+    """Layers of the text encoder to leave out at its end, for the prompt; not for the negative."""
     seed: int = 0
     """Image i of a prompt depends on (seed, i), not on the batch or the devices."""
     count: int = 1
@@ -74,7 +80,8 @@ class Sample:
     image: Path | None = None
     """A picture to start from, or to edit."""
     strength: float | None = None
-    """How far to leave the picture: above 0, at most 1; 0.8 by default."""
+    """How far to leave the picture: above 0, at most 1; 0.8 by default. Latent consistency models
+    take all their steps, others that share of them."""
     mask: Path | None = None
     """White is repainted, black stays; of the picture's size."""
     control: Repeated = ()
@@ -105,18 +112,20 @@ class Sample:
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
         terminal.use_compile_cache()
-        with terminal.notices_after():
-            wanted = controls.parse(self.control, self.control_range)
-            refs = [ref for ref, _ in wanted] or None
-            model, tensors = open_model(self.model, prediction=self.prediction, control=refs)
-            self._refuse_branches(model)
-            checked = request.plan(model, self._request(model, [hint for _, hint in wanted]))
-            if self.latents:
-                _, found = latents.read_latents(self.latents)
-                latents.check_settings(self.latents, found, identity(model, checked, self.dtype))
-            writer = Writer(self.out, model, checked, self.dtype)
-        params = read_params(tensors, self.dtype, sharding.by_rules(generate.mesh_for(checked)))
-        writer.write_all(params)
+        with contextlib.ExitStack() as stack:
+            with terminal.notices_after():
+                wanted = controls.parse(self.control, self.control_range)
+                refs = [ref for ref, _ in wanted] or None
+                model, tensors = open_model(self.model, self.variant, self.prediction, control=refs)
+                self._refuse_branches(model)
+                checked = request.plan(model, self._request(model, [hint for _, hint in wanted]))
+                if self.latents:
+                    _, found = latents.read_latents(self.latents)
+                    settings = identity(model, checked, tensors, self.dtype)
+                    latents.check_settings(self.latents, found, settings)
+                writer = stack.enter_context(writing(self.out, model, checked, self.dtype))
+            params = read_params(tensors, self.dtype, sharding.by_rules(generate.mesh_for(checked)))
+            writer.write_all(params)
         made = "1 picture is" if writer.count == 1 else f"{writer.count} pictures are"
         print(f"{made} in {self.out}; see {self.out / 'grid.png'}")
 

@@ -1,5 +1,6 @@
 """`jaxgen seedselect`: pictures of a rare thing, from a few references and no training."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from jaxgen.data import images
 from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model
 from jaxgen.load import DTYPES, open_model, read_params
-from jaxgen.output import Writer, identity
+from jaxgen.output import Writer, identity, writing
 from jaxgen.types import UserError
 
 Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -54,8 +55,8 @@ class Seedselect:
     images: Path | None = None
     """A folder of pictures of the thing, or one with a folder for each class."""
     model: str | None = None
-    """A folder in the diffusers layout, a hub id, or a single safetensors file; by default the
-    embedded model."""
+    """A folder in the diffusers layout, a hub id, a single safetensors file, or fresh:NAME; by
+    default the embedded model."""
     judge: Path | None = None
     """A folder of a CLIP, or of its image encoder; by default the model's own."""
     count: int = 1
@@ -119,13 +120,17 @@ class Seedselect:
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
         terminal.use_compile_cache()
-        with terminal.notices_after():
-            work = self._prepared()
-        with terminal.notices_at_once():
+        with contextlib.ExitStack() as stack:
+            with terminal.notices_after():
+                work = self._prepared(stack)
+            stack.enter_context(terminal.notices_at_once())
             work()
 
-    def _prepared(self) -> Callable[[], None]:
-        """The search, with all checked that can be before anything compiles."""
+    def _prepared(self, stack: contextlib.ExitStack) -> Callable[[], None]:
+        """The search, with all checked that can be before anything compiles.
+
+        What it writes to is held until the stack is left.
+        """
         from jaxgen import seedselect
         from jaxgen.seedselect import references
 
@@ -144,7 +149,8 @@ class Seedselect:
         judge = seedselect.open_judge(self.judge, self.model)
         if classes is not None:
             return self._many(model, tensors, hints, judge, how, classes)
-        return self._single(model, tensors, hints, judge, how, references.find(self.images))
+        paths = references.find(self.images)
+        return self._single(stack, model, tensors, hints, judge, how, paths)
 
     def _search(self) -> Any:
         from jaxgen.seedselect import Search
@@ -182,6 +188,7 @@ class Seedselect:
 
     def _single(
         self,
+        stack: contextlib.ExitStack,
         model: Model,
         tensors: Any,
         hints: list[Hint],
@@ -198,9 +205,10 @@ class Seedselect:
             raise UserError(f"{{}} is the name of a class, and {self.images} holds no classes")
         checked = request.plan(model, self._request([self.prompt], self.count, hints))
         pictures = references.read(paths, checked.size)
-        start = self._start(model, checked)
+        settings = identity(model, checked, tensors, self.dtype)
+        start = self._start(checked, settings)
         selection.check(checked, [pictures], how, judge, None, start)
-        writer = Writer(self.out, model, checked, self.dtype)
+        writer = stack.enter_context(writing(self.out, model, checked, self.dtype))
 
         def work() -> None:
             where = sharding.by_rules(generate.mesh_for(checked))
@@ -209,28 +217,30 @@ class Seedselect:
                 model, params, checked, [pictures], how,
                 judge=judge, start=start, progress=True, frames=True,
             )  # fmt: skip
-            writer.write(self._kept(found, writer, checked, model, how))
-            made = "1 picture is" if writer.count == 1 else f"{writer.count} pictures are"
-            print(f"{made} in {self.out}; see {self.out / 'strip.png'}, each as it improved")
+            made = {**self._made_with(), "weight": how.weight, "iterations": how.iterations}
+            writer.write(self._kept(found, writer, settings | {"prompt": self.prompt}, made))
+            shown = "1 picture is" if writer.count == 1 else f"{writer.count} pictures are"
+            print(f"{shown} in {self.out}; see {self.out / 'strip.png'}, each as it improved")
 
         return work
 
     def _kept(
-        self, found: Iterator[Any], writer: Writer, checked: request.Plan, model: Model, how: Any
+        self,
+        found: Iterator[Any],
+        writer: Writer,
+        settings: dict[str, Any],
+        made: dict[str, Any],
     ) -> Iterator[tuple[int, np.ndarray]]:
         """What was found, on its way to the pictures; seeds and strips are written beside them."""
         from jaxgen.seedselect import seeds
 
-        made = {**self._made_with(), "weight": how.weight, "iterations": how.iterations}
-        settings = {**identity(model, checked, self.dtype), **made}
-        settings["prompt"] = checked.request.prompts[0]
         noises: dict[int, np.ndarray] = {}
         strips: dict[int, list[np.ndarray]] = {}
         try:
             for one in found:
                 name = f"seeds/{writer.first + one.index:05}.npz"
                 (self.out / "seeds").mkdir(exist_ok=True)
-                seeds.write(self.out / name, one.seed[None], settings | one.figures())
+                seeds.write(self.out / name, one.seed[None], settings | made | one.figures())
                 noises[one.index] = one.seed
                 if len(strips) < STRIPS:
                     strips[one.index] = one.frames
@@ -239,7 +249,7 @@ class Seedselect:
         finally:
             if noises:
                 ordered = np.stack([noises[i] for i in sorted(noises)])
-                seeds.write(self.out / "seed.npz", ordered, settings)
+                seeds.write(self.out / "seed.npz", ordered, settings | made)
                 strip = images.rows([strips[i] for i in sorted(strips)])
                 images.save_png(self.out / "strip.png", strip, "each row a seed, as it improves")
 
@@ -248,7 +258,7 @@ class Seedselect:
         judge = "the model's own" if self.judge is None else str(self.judge)
         return {"judge": judge, "start": self.start}
 
-    def _start(self, model: Model, checked: request.Plan) -> Any:
+    def _start(self, checked: request.Plan, settings: dict[str, Any]) -> Any:
         """gaussian and nao by name; seeds of a file as they are; near those of a folder."""
         from jaxgen.seedselect import seeds, starts
 
@@ -257,8 +267,7 @@ class Seedselect:
         path = Path(self.start)
         if not path.exists():
             raise UserError(f"--start {self.start} is neither gaussian, nao, nor a file or folder")
-        settings, prompt = identity(model, checked, self.dtype), checked.request.prompts[0]
-        known = seeds.read(path, checked.latent_shape, settings, prompt)
+        known = seeds.read(path, checked.latent_shape, settings, checked.request.prompts[0])
         if path.is_dir():
             return lambda index: starts.spread(known, self.seed, index)
         return known
@@ -291,8 +300,9 @@ class Seedselect:
         selection.check(checked, list(pictures.values()), how, judge, None, self.start)
         fewer, gentle = min(AGAIN, how.iterations), GENTLE if self.rate is None else self.rate
         again = dataclasses.replace(how, iterations=fewer, learning_rate=gentle)
+        settings = identity(model, checked, tensors, self.dtype)
         dataset = fewshot.Dataset(
-            self.out, model, checked, pictures, how, again, self.count, self.dtype,
+            self.out, model, checked, pictures, how, again, self.count, settings,
             **self._made_with(),
         )  # fmt: skip
 

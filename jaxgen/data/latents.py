@@ -11,8 +11,11 @@ import numpy as np
 from jaxgen.types import UserError
 
 MAX_BYTES = 1 << 30
-TEXTS = ("sampler", "model", "negative", "dtype", "control", "further")
-SETTINGS = (*TEXTS, "steps", "guidance")  # what a seed was found under
+TEXTS = (
+    *("sampler", "model", "weights", "prediction"),
+    *("negative", "dtype", "control", "further"),
+)
+SETTINGS = (*TEXTS, "steps", "guidance")  # what a seed was found under; old ones lack some
 
 
 def read_latents(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
@@ -54,6 +57,8 @@ def read_latents(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
 def check_settings(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """A seed shows what it was found for under its own settings alone; UserError names the rest."""
     found = {k: Path(v).name if k == "model" else v for k, v in found.items()}
+    if found.get("weights") == settings["weights"]:  # whatever the folder is called now
+        found["model"] = settings["model"]
     wrong = [
         f"{name} {found[name] or 'none'} (here {settings[name] or 'none'})"
         for name in SETTINGS

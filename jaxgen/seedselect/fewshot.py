@@ -14,7 +14,6 @@ import numpy as np
 from jaxgen import config, locks
 from jaxgen.data import images
 from jaxgen.denoiser import Model
-from jaxgen.output import identity
 from jaxgen.request import Plan
 from jaxgen.seedselect import references, seeds, selection, starts
 from jaxgen.seedselect.judges import Judge, meaning_by
@@ -55,7 +54,7 @@ class Dataset:
         how: Search,
         again: Search,
         count: int,
-        dtype: str = "f32",
+        identity: Mapping[str, Any],
         **made_with: Any,
     ):
         """Makes the folder, or goes on in it.
@@ -67,6 +66,7 @@ class Dataset:
             again: the shorter and gentler one for seeds that start near others.
             count: pictures of each class in the end, references included; a class that has more
                 references keeps them all. May be larger than it was, where a run goes on.
+            identity: of `output.identity`, what decides the pictures.
             made_with: what else must be the same where a run goes on; seeds carry it.
 
         Raises:
@@ -77,7 +77,7 @@ class Dataset:
         self.folder, self.model, self.checked = folder, model, checked
         self.names, self.pictures, self.how = list(pictures), list(pictures.values()), how
         self.again, self.made_with = again, made_with
-        self.total, self.identity = count, identity(model, checked, dtype)
+        self.total, self.identity = count, dict(identity)
         over = [name for name, rows in pictures.items() if len(rows) > count]
         if over:
             images.warn_once(
@@ -124,7 +124,7 @@ class Dataset:
         if begun and where.exists():
             held = config.read_json(where)
             for name, value in wanted.items():
-                was = held.get(name)
+                was = held.get(name, value)  # older versions recorded less
                 grows = name == "count" and isinstance(was, int) and was < value
                 if was != value and not grows:
                     raise UserError(
