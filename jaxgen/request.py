@@ -27,16 +27,16 @@ class Request:
     Attributes:
         prompts: one or more; `(text:1.3)` weighs, `\\(` escapes.
         negative: what guidance leads away from.
-        steps: of a full run, from pure noise, up to 1000.
+        steps: of a full run, from pure noise, up to 1000 where the grid has as many.
         sampler: one of `samplers.SAMPLERS`; the model's own by default.
         guidance: scale of classifier-free guidance; 1 or less turns it off.
-        image_guidance: of instruction-editing models, how closely to follow the picture; 1.5 by
-            default.
+        image_guidance: of instruction-editing models, how closely to follow the picture, from 1;
+            1.5 by default.
         rescale: share of the guided prediction brought back to the contrast of the unguided one.
         guidance_interval: part of the run, as fractions, in which guidance acts.
         eta: DDIM's share of fresh noise, 0 to 1.
         karras: noise levels of Karras et al. 2022 (euler and dpmpp).
-        clip_skip: layers of the text encoder left out at its end.
+        clip_skip: layers of the text encoder left out at its end, for the prompts alone.
         seed: 0 to 2**32 - 1.
         count: images per prompt.
         batch: images at once, over all devices; by default 1 per CPU, 4 per accelerator.
@@ -114,6 +114,7 @@ def plan(model: Model, request: Request) -> Plan:
     _check_arrays(request)
     inpaints, edits = _kind(model)
     _check_images(model, request, inpaints, edits)
+    _check_guided(model, request, edits)
     width, height = size = _size(model, request)
     image, pixel_mask = _resized(request, width, height)
     mask = pixel_mask[:: model.factor, :: model.factor]
@@ -163,15 +164,19 @@ def _check_numbers(model: Model, request: Request) -> None:
     r = request
     if not r.prompts:
         raise UserError("no prompt is given; an empty one is written ''")
+    if len(r.prompts) > MAX_IMAGES:
+        raise UserError(f"{len(r.prompts):,} prompts are more than {MAX_IMAGES:,} at once")
     for name in ("guidance", "image_guidance", "rescale", "eta", "strength"):
         value = getattr(r, name)
+        if value is None and name in ("image_guidance", "strength"):  # by default
+            continue
         try:
-            finite = math.isfinite(value or 0)
+            finite = math.isfinite(value)
         except TypeError:
             finite = False
         if not finite:
             raise UserError(f"{name} = {value!r} is not a finite number")
-        if abs(value or 0) > 1e4:
+        if abs(value) > 1e4:
             raise UserError(f"{name} = {value!r} is too large to mean anything")
     ranges: tuple[tuple[str, float, float], ...] = (
         ("steps", 1, grids.MAX_STEPS),
@@ -197,6 +202,28 @@ def _check_numbers(model: Model, request: Request) -> None:
         raise UserError(f"guidance_interval = {r.guidance_interval!r} is not two numbers") from None
     if not 0 <= first < last <= 1:
         raise UserError(f"guidance_interval = {first},{last} is not 0 <= low < high <= 1")
+    if r.image_guidance is not None and r.image_guidance < 1:
+        raise UserError(f"image_guidance = {r.image_guidance} is below 1; take 1 or more")
+
+
+def _check_guided(model: Model, request: Request, edits: bool) -> None:
+    """What shapes guidance must not be asked for where there is none."""
+    if request.image_guidance is not None and not edits:
+        raise UserError(f"image_guidance has no effect: {model.name} does not edit pictures")
+    if request.guidance > 1 and not model.distilled:
+        return
+    why = f"guidance = {request.guidance:g} is off: take more than 1"
+    if model.distilled:
+        why = f"{model.name} is distilled, and reads the scale of guidance alone"
+    asked = {
+        "negative": request.negative != "",
+        "rescale": request.rescale != 0,
+        "guidance_interval": tuple(request.guidance_interval) != (0.0, 1.0),
+        "image_guidance": request.image_guidance is not None,
+    }
+    for name, given in asked.items():
+        if given:
+            raise UserError(f"{name} has no effect here: {why}")
 
 
 def _check_arrays(request: Request) -> None:
@@ -231,8 +258,6 @@ def _check_images(model: Model, request: Request, inpaints: bool, edits: bool) -
         raise UserError(f"{model.name} is an inpainting model: it needs an image and a mask")
     if edits and request.image is None:
         raise UserError(f"{model.name} edits pictures: it needs an image")
-    if request.image_guidance is not None and not edits:
-        raise UserError(f"image_guidance has no effect: {model.name} does not edit pictures")
     if edits and request.mask is not None:
         raise UserError(f"{model.name} edits whole pictures: it takes no mask")
     if request.strength is not None and (request.image is None or edits):

@@ -1,5 +1,6 @@
 """What Python passes in is checked on the host: one line, and nothing compiles."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxgen
+from jaxgen.request import Request, plan
 from jaxgen.types import UserError
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -43,6 +45,20 @@ BAD = {
     "a batch of a fraction": ({"batch": 1.5}, "batch = 1.5 is not a whole number"),
     "an empty batch": ({"batch": 0}, "batch = 0 is not"),
     "guidance in words": ({"guidance": "7"}, "guidance = '7' is not a finite number"),
+    "guidance that is none": ({"guidance": None}, "guidance = None is not a finite number"),
+    "guidance that is empty": ({"guidance": ""}, "guidance = '' is not a finite number"),
+    "rescale that is none": ({"rescale": None}, "rescale = None is not a finite number"),
+    "eta that is none": ({"eta": None}, "eta = None is not a finite number"),
+    "prompts beyond number": ({"prompts": ["a"] * (10**6 + 1)}, "1,000,001 prompts are more"),
+    "a negative without guidance": (
+        {"negative": "snow", "guidance": 1.0},
+        "negative has no effect here: guidance = 1 is off",
+    ),
+    "rescale without guidance": ({"rescale": 0.5, "guidance": 1}, "rescale has no effect here"),
+    "an interval without guidance": (
+        {"guidance_interval": [0, 0.5], "guidance": 0.5},
+        "guidance_interval has no effect here: guidance = 0.5 is off",
+    ),
     "strength in words": ({"image": IMAGE, "strength": "1"}, "strength = '1' is not a finite"),
     "strength nan": ({"image": IMAGE, "strength": np.nan}, "strength = nan is not a finite"),
     "no prompts": ({"prompts": []}, "no prompt is given"),
@@ -64,3 +80,24 @@ def test_arguments_of_another_kind_are_named_before_anything_compiles(case, tiny
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert not events
+
+
+def test_a_distilled_model_has_no_negative(tiny):
+    model, _ = tiny
+    unet = dataclasses.replace(model.unet.config, time_cond_proj_dim=16)
+    model = dataclasses.replace(model, unet=dataclasses.replace(model.unet, config=unet))
+    plan(model, Request(prompts=["a fox"], guidance_interval=[0, 1]))
+    with pytest.raises(UserError, match=r"negative has no effect here: .* is distilled"):
+        plan(model, Request(prompts=["a fox"], negative="snow"))
+
+
+def test_guidance_by_the_picture_begins_at_one(tiny):
+    model, _ = tiny
+    unet = dataclasses.replace(model.unet.config, in_channels=8)
+    model = dataclasses.replace(model, unet=dataclasses.replace(model.unet, config=unet))
+    asked = Request(prompts=["a hat"], image=IMAGE, image_guidance=1.0)
+    assert plan(model, asked).image_guidance == 1
+    with pytest.raises(UserError, match=r"image_guidance = 0\.9 is below 1"):
+        plan(model, dataclasses.replace(asked, image_guidance=0.9))
+    with pytest.raises(UserError, match="image_guidance has no effect here: guidance = 1 is off"):
+        plan(model, dataclasses.replace(asked, guidance=1.0))

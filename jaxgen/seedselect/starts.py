@@ -32,6 +32,7 @@ def inverted(
     hints = [_of_prompt(hint, prompt) for hint in checked.hints]
     asked = dataclasses.replace(
         request, prompts=[request.prompts[prompt]], sampler="ddim", steps=STEPS, guidance=1.0,
+        negative="", rescale=0.0, guidance_interval=(0.0, 1.0), image_guidance=None,
         eta=0.0, karras=False, count=1, control=hints, latents=None,
     )  # fmt: skip
     alone, size = plan(model, asked), mesh.size
