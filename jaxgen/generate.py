@@ -26,8 +26,7 @@ from jaxgen.models.vae import VAE
 from jaxgen.request import Plan, Request, plan
 from jaxgen.types import Array, Cache, Inputs, Params, Point, UserError
 
-TILE = 64  # side of a tile in latents, where more latents than WHOLE are decoded in tiles
-WHOLE = 128 * 128
+WHOLE = 128 * 128  # latents; more are decoded in tiles
 
 
 def sample(
@@ -229,7 +228,7 @@ def finish(model: Model, params: Params, latents: Array, output: str) -> np.ndar
         return np.asarray(latents)
     program = partial(decode, params["vae"], vae=model.vae)
     if latents.shape[1] * latents.shape[2] > WHOLE:
-        images = np.asarray(decode_tiled(program, latents, TILE, model.factor))
+        images = np.asarray(decode_tiled(program, latents, model.vae.config.tile, model.factor))
     else:
         images = np.asarray(program(latents))
     if not np.isfinite(images).all():

@@ -294,7 +294,6 @@ def test_latents_above_a_number_are_decoded_in_tiles_as_diffusers_does(variant, 
         np.testing.assert_array_equal(finish(), whole)
 
     monkeypatch.setattr(generate, "WHOLE", 33 * 40 - 1)
-    monkeypatch.setattr(generate, "TILE", 16)  # diffusers', for this VAE
     actual = finish()
     vae = type(made.parts["vae"]).from_config(made.parts["vae"].config).eval()
     vae.load_state_dict(made.parts["vae"].state_dict())

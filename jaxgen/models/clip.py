@@ -30,6 +30,7 @@ class TransformerConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     projection_dim: int = 512
+    attention_dropout: float = 0.0  # of training with transformers; here nothing is dropped
 
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
@@ -75,7 +76,7 @@ class VisionConfig(TransformerConfig):
 
 # transformers writes every option of its base class; none of these changes an encoder's output.
 _WITHOUT_EFFECT = (
-    "architectures attention_dropout dropout initializer_factor initializer_range model_type "
+    "architectures dropout initializer_factor initializer_range model_type "
     "torch_dtype dtype transformers_version return_dict output_hidden_states output_attentions "
     "torchscript use_bfloat16 pruned_heads tie_word_embeddings cross_attention_hidden_size "
     "add_cross_attention tie_encoder_decoder max_length min_length do_sample early_stopping "

@@ -9,7 +9,8 @@ from jaxgen.models.unet_config import FIXED as UNET_FIXED
 from jaxgen.models.unet_config import UNetConfig
 from jaxgen.types import UserError
 
-_ABSENT = ("sample_size", "out_channels", "up_block_types", "time_cond_proj_dim")  # of the UNet's
+# Of the UNet's.
+_ABSENT = ("sample_size", "out_channels", "up_block_types", "time_cond_proj_dim", "dropout")
 
 
 @dataclass(frozen=True)

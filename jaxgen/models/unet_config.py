@@ -35,6 +35,7 @@ class UNetConfig:
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     time_cond_proj_dim: int | None = None
+    dropout: float = 0.0  # of training with diffusers; here nothing is dropped
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
@@ -93,7 +94,6 @@ FIXED: Mapping[str, Any] = {
     "mid_block_only_cross_attention": config.AnyOf((None, False)),
     "downsample_padding": 1,
     "mid_block_scale_factor": 1,
-    "dropout": ...,  # acts in training alone, where no released model uses it
     "act_fn": config.AnyOf(("silu", "swish")),
     "reverse_transformer_layers_per_block": None,
     "encoder_hid_dim": None,

@@ -33,6 +33,7 @@ class VAEConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    force_upcast: bool = True  # for diffusers in half precision; here `--dtype` decides
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
@@ -55,10 +56,18 @@ class VAEConfig:
         """Pixels along a latent's side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def tile(self) -> int:
+        """Side of a tile, in latents, where large images are decoded in tiles; as in diffusers.
+
+        A multiple of 4, of whose tiles a quarter overlaps.
+        """
+        size = self.sample_size if isinstance(self.sample_size, int) else self.sample_size[0]
+        return max(size // self.factor // 4, 1) * 4
+
 
 FIXED: Mapping[str, Any] = {
     "act_fn": config.AnyOf(("silu", "swish")),
-    "force_upcast": ...,  # asks half-precision users for float32, which `--dtype` decides here
     "shift_factor": None,
     "latents_mean": None,
     "latents_std": None,
