@@ -70,7 +70,7 @@ def cache(recipe: Train, out: Path, progress: bool = True) -> Path:
     encoders = Encoders(recipe, mesh)
     reader = Reader(data, source, recipe.data.flip)
 
-    with locks.whole(out) as scratch:
+    with locks.whole(out, DESCRIPTION) as scratch:
         description = _write(scratch, reader, encoders, progress)
         config.write_json(scratch / DESCRIPTION, dataclasses.asdict(description))
     return out.resolve()

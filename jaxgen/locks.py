@@ -41,13 +41,15 @@ def hold(folder: Path, option: str) -> int | None:
 
 
 @contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """A scratch folder beside `out`, which is `out` in the end, or gone if anything is raised.
+def whole(out: Path, last: str) -> Iterator[Path]:
+    """A scratch folder, which is `out` in the end, or gone if anything is raised.
 
-    What killed commands left there is removed; SIGTERM stops what is done inside as Ctrl-C does.
+    What killed commands left there is removed; SIGTERM stops what is done inside as Ctrl-C does,
+    unless the process has a way of its own.
 
     Args:
-        out: a new or empty folder.
+        out: a new folder, or an empty one, which is filled: one may be in it, and it may be a disk.
+        last: the file that makes such a folder one; an empty folder is given it after all others.
 
     Raises:
         UserError: where nothing can be written.
@@ -55,16 +57,17 @@ def whole(out: Path) -> Iterator[Path]:
     out = out.resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        scratch, held = _scratch(out)
+        scratch, held = _scratch(out, out if out.exists() else out.parent)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
     try:
         with _interrupted():
             yield scratch
         os.chmod(scratch, 0o755)
-        if out.exists():
-            out.rmdir()
-        scratch.rename(out)
+        if not out.exists():
+            scratch.rename(out)
+        for child in sorted(scratch.glob("*"), key=lambda path: path.name == last):
+            child.rename(out / child.name)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
     finally:
@@ -73,17 +76,22 @@ def whole(out: Path) -> Iterator[Path]:
             os.close(held)
 
 
-def _scratch(out: Path) -> tuple[Path, int | None]:
-    """A new folder beside `out`, and what holds it; those that killed commands left are removed."""
-    prefix = f".{out.name}.unfinished-"
-    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+def unfinished(out: Path) -> str:
+    """How the names of scratch folders for `out` begin."""
+    return f".{out.name}.unfinished-"
+
+
+def _scratch(out: Path, place: Path) -> tuple[Path, int | None]:
+    """A new folder in `place`, and what holds it; those that killed commands left are removed."""
+    prefix = unfinished(out)
+    for left in place.glob(f"{glob.escape(prefix)}*"):
         with suppress(UserError):  # another command is at work in it
             held = hold(left, "--out")
             if held is not None:
                 shutil.rmtree(left, ignore_errors=True)
                 os.close(held)
     while True:  # until nobody took it for one that was left, before it was held
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
         with suppress(UserError, FileNotFoundError):
             held = hold(scratch, "--out")
             if scratch.exists():
@@ -95,7 +103,8 @@ def _scratch(out: Path) -> tuple[Path, int | None]:
 @contextmanager
 def _interrupted() -> Iterator[None]:
     """SIGTERM stops what is done inside as Ctrl-C does, so that nothing unfinished is left."""
-    if threading.current_thread() is not threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

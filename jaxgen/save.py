@@ -2,13 +2,10 @@
 
 import dataclasses
 import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxgen import config
+from jaxgen import config, locks
 from jaxgen.denoiser import Model, control_names
 from jaxgen.load import CONTROLLED
 from jaxgen.models.controlnet import ControlNet
@@ -25,40 +22,26 @@ def save(model: Model, params: Params, folder: str | Path) -> None:
     """
     if model.controls and model.pipeline not in CONTROLLED:
         raise UserError(f"diffusers has no {model.pipeline} with ControlNets to be saved for")
-    _whole(folder, "model_index.json", lambda scratch: _write(model, params, scratch))
+    folder = Path(folder)
+    check_new(folder)
+    with locks.whole(folder, "model_index.json") as scratch:
+        _write(model, params, scratch)
 
 
 def save_control(net: ControlNet, params: Params, folder: str | Path) -> None:
     """Writes a ControlNet alone, as `save` writes a model."""
-    _whole(folder, "config.json", lambda scratch: _write_control(net, params, scratch))
-
-
-def _whole(folder: str | Path, last: str, write: Callable[[Path], None]) -> None:
-    """Writes a new folder beside its place and moves it there; `last` is what makes it one."""
-    folder = Path(folder).resolve()
+    folder = Path(folder)
     check_new(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = folder if folder.exists() else folder.parent
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=beside))
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from None
-    try:
-        write(partial)
-        os.chmod(partial, 0o755)
-        if not folder.exists():
-            partial.rename(folder)
-        for child in sorted(partial.glob("*"), key=lambda p: p.name == last):
-            child.rename(folder / child.name)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with locks.whole(folder, "config.json") as scratch:
+        _write_control(net, params, scratch)
 
 
 def check_new(folder: Path) -> None:
-    """UserError if there is something at `folder` already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """UserError if there is something at `folder` already, other than what a killed save left."""
+    left = locks.unfinished(folder.resolve())
+    if folder.exists() and (
+        not folder.is_dir() or any(not p.name.startswith(left) for p in folder.iterdir())
+    ):
         raise UserError(f"{folder} exists already; name a new or empty folder")
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):

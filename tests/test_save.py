@@ -1,6 +1,8 @@
 """Model folders there and back: what diffusers writes we read, what we write diffusers reads."""
 
+import json
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -143,6 +145,18 @@ def test_a_projecting_text_encoder_stays_one(folder, tmp_path):
         torch.testing.assert_close(saved(ids).text_embeds, theirs(ids).text_embeds)
 
 
+def test_fields_that_change_nothing_here_are_kept_for_others(folder, tmp_path):
+    fields = {"vae": "force_upcast", "unet": "dropout", "text_encoder": "attention_dropout"}
+    values = {"vae": False, "unet": 0.1, "text_encoder": 0.2}
+    for part, name in fields.items():
+        path = folder / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: values[part]}))
+    jaxgen.save(*jaxgen.load(folder), tmp_path / "out")
+    saved = StableDiffusionPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False)
+    for part, name in fields.items():
+        assert getattr(getattr(saved, part).config, name) == values[part]
+
+
 def test_save_refuses_a_place_that_holds_something(folder, tmp_path):
     model, params = jaxgen.load(TINY)
     (tmp_path / "file").write_text("mine")
@@ -159,6 +173,29 @@ def test_save_fills_an_empty_folder_and_makes_those_above(tmp_path):
     for place in (tmp_path / "empty", tmp_path / "new" / "deep"):
         jaxgen.save(model, params, place)
         equal(weights_of(place), weights_of(TINY))
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["in an empty folder", "in a new one"])
+def test_what_a_killed_save_left_is_removed(there, tmp_path):
+    out = tmp_path / "out"
+    left = (out if there else tmp_path) / ".out.unfinished-x"
+    (left / "unet").mkdir(parents=True)
+    jaxgen.save(*jaxgen.load(TINY), out)
+    assert not left.exists()
+    equal(weights_of(out), weights_of(TINY))
+
+
+def test_sigterm_ends_a_save_as_ctrl_c_does(tmp_path, monkeypatch):
+    model, params = jaxgen.load(TINY)
+
+    def stopped(*args):
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(files, "save_folder", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        jaxgen.save(model, params, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -29,7 +29,10 @@ def export(source: Source, out: Path, count: int, progress: bool = True) -> Path
     """
     if not 1 <= count <= len(source):
         raise UserError(f"count {count} is not from 1 to {len(source)}, which {source.ref} has")
-    with locks.whole(out) as scratch, (scratch / METADATA).open("w", encoding="utf-8") as file:
+    with (
+        locks.whole(out, METADATA) as scratch,
+        (scratch / METADATA).open("w", encoding="utf-8") as file,
+    ):
         for i in tqdm(range(count), desc="writing", disable=not progress):
             line = _write(scratch, f"{i:05}.png", source.read(i))
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
