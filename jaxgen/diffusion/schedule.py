@@ -209,12 +209,6 @@ class Schedule:
         data = kind.fields | data | {"sampler": sampler}
         return configs.parse(cls, data, kind.fixed, f"{where} as {kind.name}")
 
-    def config(self) -> dict[str, Any]:
-        """The object of a `scheduler_config.json` that diffusers reads to the same schedule."""
-        kind = KINDS[self.sampler]
-        data = {"_class_name": kind.name} | {key: getattr(self, key) for key in kind.fields}
-        return data | ({"skip_prk_steps": True} if self.sampler == "pndm" else {})
-
 
 def alphas_cumprod(schedule: Schedule) -> np.ndarray:
     """The signal power alpha-bar of each training timestep, float64 [T].
