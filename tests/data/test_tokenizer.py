@@ -11,6 +11,7 @@ from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.types import UserError
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny" / "tokenizer"
+CLIP_TOKENIZER = Path(module.__file__).parents[1] / "assets" / "clip_tokenizer"
 TEXTS = [
     "",
     " ",
@@ -65,6 +66,13 @@ def edit(path, **fields):
 def test_ids_equal_those_of_transformers(folder):
     ours, theirs = Tokenizer.read(folder), CLIPTokenizer.from_pretrained(folder)
     for text in [*TEXTS, *random_texts(200), "a <cat-toy> and <cat-toy>_1!"]:
+        assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids, text
+
+
+def test_ids_of_the_vocabulary_that_ships_equal_those_of_transformers():
+    ours, theirs = Tokenizer.read(CLIP_TOKENIZER), CLIPTokenizer.from_pretrained(CLIP_TOKENIZER)
+    assert ours.size == len(theirs) == 49408
+    for text in [*TEXTS, *random_texts(200)]:
         assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids, text
 
 
