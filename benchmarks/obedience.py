@@ -30,6 +30,7 @@ import jaxgen
 from jaxgen.data.annotators import maps
 from jaxgen.data.emoji_scenes import drawing
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
+from jaxgen.denoiser import Model
 from jaxgen.evaluation import clip, distances, inception, judge, obedience, report
 from jaxgen.refs import EMBEDDED_CLIP
 from jaxgen.types import Params
@@ -125,7 +126,7 @@ def read(count: int) -> Truth:
     return Truth(images, captions, lines, [one.astype(np.int32) for one in labels])
 
 
-def sampled(bench: Bench, loaded: tuple, captions: list, hints: list) -> list:
+def sampled(bench: Bench, loaded: tuple[Model, Params], captions: list, hints: list) -> list:
     """A picture for each caption, from noise of its own and with its own hint, if there are any."""
     noise = np.random.default_rng(0).standard_normal((len(captions), 16, 16, 4), np.float32)
     made = jaxgen.sample(
