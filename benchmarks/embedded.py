@@ -40,9 +40,11 @@ def seconds(words: tuple[str, ...], home: Path) -> float:
     environment = os.environ | {"XDG_CACHE_HOME": str(home), "PYTHONPATH": str(ROOT)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # which would be another cache
     start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, *words], cwd=home, env=environment, check=True, capture_output=True
+    done = subprocess.run(
+        [sys.executable, *words], cwd=home, env=environment, capture_output=True, text=True
     )
+    if done.returncode:
+        sys.exit(f"{' '.join(words)}: {done.stderr}")
     return time.perf_counter() - start
 
 

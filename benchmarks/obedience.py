@@ -1,6 +1,7 @@
 """Whether the embedded model's ControlNets are followed: the table of their cards.
 
-    python benchmarks/obedience.py
+    python benchmarks/obedience.py      # once the two ship; until then:
+    python benchmarks/obedience.py --controls edges=runs/mini_edges/model
     python benchmarks/obedience.py --controls edges --count 100 --curve runs/mini_edges
 
 Samples the captions of 500 scenes of emoji_scenes' test split, which no training sees, with each
@@ -14,6 +15,7 @@ of it has the bootstrap's standard error. Ten minutes on two cores. With `--curv
 of a run's checkpoints as it learned, not averaged, of as many as it kept. Prints Markdown.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +35,7 @@ from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 from jaxgen.denoiser import Model
 from jaxgen.evaluation import clip, distances, inception, judge, obedience, report
 from jaxgen.refs import EMBEDDED_CLIP
-from jaxgen.types import Params
+from jaxgen.types import Params, UserError
 
 MARGIN = 2  # pixels around a subject within which edges count
 
@@ -159,21 +161,24 @@ def features(bench: Bench) -> dict[str, Features]:
 def table(bench: Bench, truth: Truth, judges: Params) -> None:
     """All figures of all controls, with, without, of real scenes and by chance; then KID."""
     print("| | with | without | real scenes | chance | with / real |\n|---|---|---|---|---|---|")
+    loaded = {}
+    for control in bench.controls:
+        name, _, ref = control.partition("=")
+        loaded[name] = jaxgen.load(bench.model, control=[ref or name])
     plain = sampled(bench, jaxgen.load(bench.model), truth.captions, [])
     others = [*truth.images[1:], truth.images[0]]
     held, _ = report.read_all(EmojiScenes("emoji_scenes:test"), bench.count, last=True)
+    views = [(what, see, see(plain), see(held)) for what, see in features(bench).items()]
     kids = []
-    for control in bench.controls:
-        name, _, ref = control.partition("=")
-        loaded = jaxgen.load(bench.model, control=[ref or name])
-        made = sampled(bench, loaded, truth.captions, truth.hints(name))
+    for name, pair in loaded.items():
+        made = sampled(bench, pair, truth.captions, truth.hints(name))
         for what, figure in FIGURES[name].items():
             shown = (made, plain, truth.images, others)
             found = [figure(images, truth, judges) for images in shown]
             cells = [f"{one:.3f}" for one in found] + [f"{found[0] / found[2]:.1%}"]
             print(f"| {name}: {what} | {' | '.join(cells)} |", flush=True)
-        for what, see in features(bench).items():
-            with_, without, real = (see(images) for images in (made, plain, held))
+        for what, see, without, real in views:
+            with_ = see(made)
             more, error = distances.kid_difference(with_, without, real)
             values = [distances.kid(some, real)[0] for some in (with_, without)] + [more, error]
             kids.append(f"| {name}: {what} | {' | '.join(f'{1000 * v:.2f}' for v in values)} |")
@@ -206,6 +211,11 @@ def checkpoints(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def main(bench: Bench) -> None:
+    unknown = {control.partition("=")[0] for control in bench.controls} - {*FIGURES}
+    if unknown:
+        raise UserError(f"controls: {min(unknown)} is not one of {', '.join(FIGURES)}")
+    if bench.curve is not None and len(bench.controls) != 1:
+        raise UserError("--curve is of one run; name its control (--controls edges)")
     truth, judges = read(bench.count), judge.read()
     print(f"{bench.count} scenes, {bench.steps} steps, guidance {bench.guidance}\n")
     if bench.curve is None:
@@ -215,4 +225,8 @@ def main(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Bench, description=__doc__))
+    try:
+        main(tyro.cli(Bench, description=__doc__))
+    except UserError as error:
+        print(f"obedience: {error}", file=sys.stderr)
+        sys.exit(2)

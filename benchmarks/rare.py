@@ -155,6 +155,7 @@ def shares(bench: Bench, folder: Path) -> None:
         run(replace(how, iterations=1), [0])
         begun = time.perf_counter()
         found = run(how, None)
+        assert len(found) == plan.total, "a seed was left out: rows would not fit their subjects"
         seconds = (time.perf_counter() - begun) / len(found) + before
         # A single iteration looks at the start itself, and its time is that of its gradient too.
         table.row(name, [one.image for one in found], seconds if iterations > 1 else None)

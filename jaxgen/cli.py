@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print("jaxgen: out of memory; take a smaller --size or --batch", file=sys.stderr)
+        print(
+            "jaxgen: out of memory; smaller pictures, or fewer at once, need less", file=sys.stderr
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("\njaxgen: stopped; nothing unfinished is left behind", file=sys.stderr)

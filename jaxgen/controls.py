@@ -86,10 +86,14 @@ def _trained_with_another(path: Path, base: Tensors, variant: str) -> bool:
 
     That layer learns in unlocked runs, and its bias is a few numbers.
     """
+    if path.is_file():  # which lies anywhere
+        return False
     unet = PARTS["unet"]
     try:
         beside = files.open_folder(path.parent / unet.folder, unet.stem, variant)
-        return not np.array_equal(beside["conv_out.bias"].numpy(), base["conv_out/bias"].numpy())
+        one, two = beside["conv_out.bias"].numpy(), base["conv_out/bias"].numpy()
+        coarse = min(one.dtype, two.dtype, key=lambda kind: kind.itemsize)
+        return not np.array_equal(one.astype(coarse), two.astype(coarse))
     except (UserError, KeyError):  # none, or no UNet of ours
         return False
 

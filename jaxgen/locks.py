@@ -63,11 +63,11 @@ def whole(out: Path, last: str) -> Iterator[Path]:
     try:
         with _interrupted():
             yield scratch
-        os.chmod(scratch, 0o755)
-        if not out.exists():
-            scratch.rename(out)
-        for child in sorted(scratch.glob("*"), key=lambda path: path.name == last):
-            child.rename(out / child.name)
+            os.chmod(scratch, 0o755)
+            if out.exists():
+                _fill(out, scratch, last)
+            else:
+                scratch.rename(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
     finally:
@@ -76,15 +76,35 @@ def whole(out: Path, last: str) -> Iterator[Path]:
             os.close(held)
 
 
+def _fill(out: Path, scratch: Path, last: str) -> None:
+    """Moves all that a scratch folder holds to one that is still empty, or back if that fails."""
+    if any(path != scratch for path in out.iterdir()):
+        raise UserError(f"{out} is no longer empty; name another folder")
+    moved: list[Path] = []
+    try:
+        for child in sorted(scratch.iterdir(), key=lambda path: path.name == last):
+            moved.append(child)
+            child.rename(out / child.name)
+    except BaseException:
+        for child in moved:
+            with suppress(FileNotFoundError):  # the last one may have stayed
+                (out / child.name).rename(child)
+        raise
+
+
 def unfinished(out: Path) -> str:
     """How the names of scratch folders for `out` begin."""
     return f".{out.name}.unfinished-"
 
 
 def _scratch(out: Path, place: Path) -> tuple[Path, int | None]:
-    """A new folder in `place`, and what holds it; those that killed commands left are removed."""
+    """A new folder in `place`, and what holds it.
+
+    Those that killed commands left there, or beside `out`, are removed.
+    """
     prefix = unfinished(out)
-    for left in place.glob(f"{glob.escape(prefix)}*"):
+    pattern = f"{glob.escape(prefix)}*"
+    for left in {*place.glob(pattern), *out.parent.glob(pattern)}:
         with suppress(UserError):  # another command is at work in it
             held = hold(left, "--out")
             if held is not None:

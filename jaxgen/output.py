@@ -93,8 +93,8 @@ def writing(folder: Path, model: Model, checked: Plan, dtype: str = "f32") -> It
             raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
         yield Writer(folder, model, checked, dtype, first)
     finally:
-        with contextlib.suppress(OSError):  # it holds something
-            for path in made:
+        for path in made:
+            with contextlib.suppress(OSError):  # it holds something, or was not made
                 path.rmdir()
         if lock is not None:
             os.close(lock)

@@ -43,7 +43,8 @@ class Request:
         size: (width, height) in pixels.
         image: uint8 [H, W, 3] to start from, or to edit.
         strength: how far an image is noised, 0 < strength <= 1; 0.8 by default. That share of the
-            steps is run; of a latent consistency model, all are, in that share of its timesteps.
+            steps is run; of a latent consistency model without mask and ControlNet, all are, in
+            that share of its timesteps.
         mask: bool [H, W], True where the image is repainted.
         control: for each ControlNet of the model, in order, a `Hint`, or its picture alone: one for
             all prompts, or one for each.

@@ -16,7 +16,6 @@ def main(folder: str, *prompts: str) -> None:
         model,
         params,
         list(prompts),
-        negative="blurry",
         steps=30,
         guidance=7.5,
         seed=0,  # image i of a prompt depends on (seed, i) alone

@@ -28,8 +28,12 @@ LONG = {
     "test_gradient.py": 250,
     "test_generate.py": 200,
     "test_sharding.py": 200,
+    "test_rebuild.py": 200,
     "test_precision.py": 150,
-    "test_rebuild.py": 100,
+    "test_programs.py": 150,
+    "test_cli.py": 100,
+    "test_embedded.py": 100,
+    "test_ship.py": 100,
 }
 
 

@@ -519,7 +519,8 @@ def test_out_of_memory_is_one_line(error, here, capsys, monkeypatch):
 
     monkeypatch.setattr(generate, "run", full)
     sample("a fox", code=2)
-    assert capsys.readouterr().err == "jaxgen: out of memory; take a smaller --size or --batch\n"
+    expected = "jaxgen: out of memory; smaller pictures, or fewer at once, need less\n"
+    assert capsys.readouterr().err == expected
     assert not Path("out").exists()
 
 

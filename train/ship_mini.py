@@ -77,9 +77,15 @@ def main(options: Options) -> None:
             open_model(new), open_clip(new / "clip")
             for name in ("README.md", "LICENSE"):
                 shutil.copy(kept(options, name), new / name)
-            if out.exists():
+            replaced = out.exists()
+            if replaced:
                 out.rename(old)
-            new.rename(out)
+            try:
+                new.rename(out)
+            except BaseException:
+                if replaced:
+                    old.rename(out)
+                raise
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
 

@@ -81,6 +81,8 @@ class Evaluate:
 
         images, captions = report.read_all(report.open_pictures(ref), self.count, progress=True)
         real: list[np.ndarray] = []
+        if against is not None and len(images) < 2:
+            raise UserError(f"{ref} is a single picture; --against needs two or more")
         if against is not None:
             others = report.open_pictures(against)
             most = min(len(images), len(others))

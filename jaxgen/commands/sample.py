@@ -80,14 +80,15 @@ class Sample:
     image: Path | None = None
     """A picture to start from, or to edit."""
     strength: float | None = None
-    """How far to leave the picture: above 0, at most 1; 0.8 by default. Latent consistency models
-    take all their steps, others that share of them."""
+    """How far to leave the picture: above 0, at most 1; 0.8 by default. That share of the steps is
+    run; by latent consistency models, without --mask and --control, all of them."""
     mask: Path | None = None
     """White is repainted, black stays; of the picture's size."""
     control: Repeated = ()
     """A ControlNet and the hint that it follows: REF=[ANNOTATOR:]FILE[@SCALE]. REF is a folder, a
-    hub id or a single file; ANNOTATOR makes the hint of a photo (canny, hough, soft, scribble) or
-    colours a map of labels (labels for ADE20K's, distinct for others); again for further ones."""
+    hub id or a single file; ANNOTATOR makes the hint of a photo (canny, hough, soft, scribble; by
+    packages of their own depth, normal, hed, pose) or colours a map of labels (labels for ADE20K's,
+    distinct for others); again for further ones."""
     control_range: Repeated = ()
     """Part of the run in which ControlNets act, as fractions: from,to; one for all, or one each."""
     guess: bool = False

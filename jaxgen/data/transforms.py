@@ -56,7 +56,8 @@ def resize_and_crop(
         h, w = example[name].shape[:2]
         if abs(w * height / (h * width) - 1) > ASPECT_SLACK:
             raise BadExample("", f"{name!r} is {w}x{h} and the image {width}x{height}")
-        example[name] = cut(example[name], box, size, _is_flat(name, example[name]))
+        if (w, h) != size or box != (0, 0, 1, 1):  # else colours need not be counted
+            example[name] = cut(example[name], box, size, _is_flat(name, example[name]))
     if "boxes" not in columns:
         example.pop("boxes", None)
         return example

@@ -77,6 +77,9 @@ class Dataset:
         self.folder, self.model, self.checked = folder, model, checked
         self.names, self.pictures, self.how = list(pictures), list(pictures.values()), how
         self.again, self.made_with = again, made_with
+        self._held: dict[
+            tuple[int, int], np.ndarray
+        ] = {}  # seeds to start near, by class and round
         self.total, self.identity = count, dict(identity)
         over = [name for name, rows in pictures.items() if len(rows) > count]
         if over:
@@ -123,6 +126,8 @@ class Dataset:
         where, begun = self.folder / SETTINGS, (self.folder / LIST).exists()
         if begun and where.exists():
             held = config.read_json(where)
+            if held.get("weights") == wanted["weights"]:
+                held["model"] = wanted["model"]  # the same one, whatever its folder is called now
             for name, value in wanted.items():
                 was = held.get(name, value)  # older versions recorded less
                 grows = name == "count" and isinstance(was, int) and was < value
@@ -179,7 +184,7 @@ class Dataset:
                 with contextlib.suppress(selection.NothingFound):
                     self._find(params, known, self.again, judge, self._near, near)
             if self.count == before:
-                raise selection.NothingFound("no seed is found; try dtype f32")
+                raise selection.NothingFound("no seed is found: no loss is finite at the start")
         finally:
             self.close()
 
@@ -212,9 +217,13 @@ class Dataset:
     def _near(self, index: int) -> np.ndarray:
         """A start [h, w, C] near them."""
         checked = self.checked
-        held = [seeds.read(p, checked.latent_shape, self.identity) for p in self._earlier(index)]
-        number = index % checked.request.count
-        return starts.spread(np.concatenate(held), checked.request.seed, number)
+        mine, number = divmod(index, checked.request.count)
+        at = mine, number.bit_length()
+        if at not in self._held:  # once a round, whose earlier ones stay as they are
+            self._held[at] = np.concatenate(
+                [seeds.read(p, checked.latent_shape, self.identity) for p in self._earlier(index)]
+            )
+        return starts.spread(self._held[at], checked.request.seed, number)
 
     def _find(
         self,

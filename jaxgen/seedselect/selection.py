@@ -165,7 +165,9 @@ class _Searching:
                     count += 1
                     yield found
         if wanted and not count:
-            raise NothingFound("no loss is finite at the start of a seed; try dtype f32")
+            half = any(leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(params["unet"]))
+            more = "; try dtype f32" * half
+            raise NothingFound(f"no loss is finite at the start of a seed{more}")
 
     def _batch(
         self,
