@@ -72,8 +72,8 @@ class ControlNetConfig:
             )
         encoder = replace(unet, in_channels=latent, sample_size=None, time_cond_proj_dim=None)
         up = ("UpBlock2D",) * len(unet.block_out_channels)
-        own = {"out_channels": UNetConfig.out_channels, "dropout": UNetConfig.dropout}
-        encoder = replace(encoder, up_block_types=up, **own)
+        encoder = replace(encoder, up_block_types=up, dropout=UNetConfig.dropout)
+        encoder = replace(encoder, out_channels=UNetConfig.out_channels)
         return ControlNetConfig(encoder, conditioning_embedding_out_channels=widths)
 
     def dump(self) -> dict[str, Any]:
