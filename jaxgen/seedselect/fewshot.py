@@ -77,32 +77,18 @@ class Dataset:
         self.folder, self.model, self.checked = folder, model, checked
         self.names, self.pictures, self.how = list(pictures), list(pictures.values()), how
         self.again, self.made_with = again, made_with
-        self._held: dict[
-            tuple[int, int], np.ndarray
-        ] = {}  # seeds to start near, by class and round
+        self._held: dict[tuple[int, int], np.ndarray] = {}  # to start near, by class and round
         self.total, self.identity = count, dict(identity)
         over = [name for name, rows in pictures.items() if len(rows) > count]
         if over:
             images.warn_once(
                 f"{', '.join(over)}: more references than {count} pictures; all of them are kept"
             )
-        request = checked.request
-        wanted = {
-            **self.identity,
-            "seed": request.seed,
-            "size": list(checked.size),
-            "prompts": list(request.prompts),
-            "count": count,
-            "references": [_digest(rows) for rows in self.pictures],
-            **{k: str(v) for k, v in vars(how).items() if k not in FREE},
-            "rate_again": again.learning_rate,
-            **made_with,
-        }
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = locks.hold(folder, "--out")
             try:
-                self._begin(wanted)
+                self._begin(self._settings())
                 self.done = self._listed()
             except BaseException:
                 self.close()
@@ -120,6 +106,21 @@ class Dataset:
     def count(self) -> int:
         """Pictures in the list."""
         return len(self.done)
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same where a run goes on."""
+        request = self.checked.request
+        return {
+            **self.identity,
+            "seed": request.seed,
+            "size": list(self.checked.size),
+            "prompts": list(request.prompts),
+            "count": self.total,
+            "references": [_digest(rows) for rows in self.pictures],
+            **{k: str(v) for k, v in vars(self.how).items() if k not in FREE},
+            "rate_again": self.again.learning_rate,
+            **self.made_with,
+        }
 
     def _begin(self, wanted: dict[str, Any]) -> None:
         """Writes the settings, or compares them with those of the pictures that are there."""
