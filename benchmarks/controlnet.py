@@ -161,14 +161,14 @@ def sampling_operations(bench: Bench) -> None:
     task = recipe_of(bench, True).task.build(model)
     side, unet = SIDE * model.factor, model.unet.config
     shape: Any = lambda *sides: jax.ShapeDtypeStruct(sides, np.float32)  # noqa: E731
-    text, x = shape(2, TOKENS, unet.cross_attention_dim), shape(2, SIDE, SIDE, unet.in_channels)
+    text, x = shape(2, TOKENS, unet.cross_attention_dim), shape(1, SIDE, SIDE, unet.in_channels)
     (net,) = task.model.controls
     hint = Control(shape(1, side, side, 3), shape(1, net.config.residuals))
     params = {"unet": trees.shapes(model.unet.init), "controlnet": trees.shapes(net.init)}
 
     def total(network: Any, inputs: Any) -> tuple[int, int]:
         prepare = lambda p, inputs: denoiser.prepare(network, p, inputs)  # noqa: E731
-        point = losses.point(jnp.ones(2))
+        point = losses.point(jnp.ones(1))
         step = lambda p, c, x: denoiser.bind(network, p, c)(x, point)  # noqa: E731
         cache = jax.eval_shape(prepare, params, inputs)
         return count(prepare, params, inputs), count(step, params, cache, x)

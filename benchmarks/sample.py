@@ -118,11 +118,11 @@ def in_process(folder: Path, bench: Bench) -> None:
     dtype = "bf16" if device == "cuda" else "f32"
     model, params = jaxgen.load(folder, dtype=dtype)
     random = np.random.default_rng(0)
-    x = random.standard_normal((2, SIDE // 8, SIDE // 8, 4), dtype=np.float32)
+    x = random.standard_normal((1, SIDE // 8, SIDE // 8, 4), dtype=np.float32)
     text = random.standard_normal((2, 77, 768), dtype=np.float32)
     move = {"device": device, "dtype": pipe.unet.dtype}
     torch_x, torch_text = (
-        torch.tensor(x.transpose(0, 3, 1, 2)).to(**move),
+        torch.tensor(x.transpose(0, 3, 1, 2)).repeat(2, 1, 1, 1).to(**move),
         torch.tensor(text).to(**move),
     )
 
@@ -149,10 +149,10 @@ def in_process(folder: Path, bench: Bench) -> None:
         call(params["unet"], device_x, cache["unet"]).block_until_ready()
 
     def ours_vae() -> None:
-        generate.decode(params["vae"], device_x[:1], vae=model.vae).block_until_ready()
+        generate.decode(params["vae"], device_x, vae=model.vae).block_until_ready()
 
     cases: dict[str, tuple[str, Callable[[], object], Callable[[], object]]] = {
-        "unet": ("guided UNet call, batch 2, 64x64 latents", torch_unet, ours_unet),
+        "unet": ("guided UNet call, 64x64 latents, two prompts", torch_unet, ours_unet),
         "vae": ("VAE decode, 512x512", torch_vae, ours_vae),
         "image": (
             f"image, 512x512, {STEPS} steps",

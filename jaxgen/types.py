@@ -46,6 +46,8 @@ class Point(NamedTuple):
 
 Denoiser = Callable[[Array, Point], Array]  # (noisy x, point) -> raw prediction, like x
 
+# What `guide` takes has more rows than x: those of an image under each condition, side by side.
+
 
 def at_least_float32(x: Array) -> Array:
     """Norms, softmax, schedules and sampler state never compute in less (float64 stays float64)."""

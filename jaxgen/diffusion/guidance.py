@@ -13,15 +13,16 @@ def guide(
     rescale: Array | float = 0.0,
     interval: tuple[Array | float, Array | float] = (0.0, 1.0),
 ) -> Denoiser:
-    """A denoiser of B images from one of B * G: each image under G conditions, in one batch.
+    """A denoiser of B images from one that predicts each under G conditions, in one batch.
 
     The branches b_0 .. b_{G-1} go from the least to the most conditioned; the guided prediction is
     e = b_0 + sum_j scales[j] * (b_{j+1} - b_j): classifier-free guidance for G = 2 (Ho & Salimans
     2022, eq. 6, whose w is scale - 1), InstructPix2Pix for G = 3 (Brooks et al. 2023, eq. 3).
 
     Args:
-        denoise: x [B * G, ...] -> raw prediction, the G branches of an image side by side, so that
-            a batch sharded over devices stays where it is.
+        denoise: x [B, ...] -> raw predictions [B * G, ...], the G branches of an image side by
+            side, so that a batch sharded over devices stays where it is; what
+            `jaxgen.denoiser.bind` makes of B * G conditions.
         scales: [G - 1], traced; 1 everywhere is the last branch alone.
         rescale: [], traced: the share of e brought to the standard deviation of b_{G-1}, per image
             (Lin et al. 2023, section 3.4); 0 is off.
@@ -33,8 +34,7 @@ def guide(
     low, high = interval
 
     def guided(x: Array, point: Point) -> Array:
-        batch = jnp.repeat(x, count, axis=0)
-        branches = at_least_float32(denoise(batch, point))
+        branches = at_least_float32(denoise(x, point))
         branches = branches.reshape(x.shape[0], count, *branches.shape[1:])
         last = branches[:, -1]
 

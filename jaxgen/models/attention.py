@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.models.layers import Conv, Dense
+from jaxgen.models.layers import Conv, Dense, repeat_rows
 from jaxgen.models.norms import GroupNorm, LayerNorm
 from jaxgen.types import Array, at_least_float32
 
@@ -187,7 +187,7 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[B, T, C] -> [B, T, C]."""
+        """[B, T, C] -> [R, T, C], R being B, or the rows of the prompts where they are more."""
 
         def shape_only(name: str) -> Array:
             nothing = jnp.zeros((x.shape[0], 1, self.context), x.dtype)
@@ -196,7 +196,7 @@ class CrossAttention(nn.Module):
         q = Dense(x.shape[-1], use_bias=False, name="to_q")(x)
         k = self.variable("cache", "k", shape_only, "to_k").value
         v = self.variable("cache", "v", shape_only, "to_v").value
-        return _project_out(self, q, k, v)
+        return _project_out(self, repeat_rows(q, len(k)), k, v)
 
 
 def _project_out(self: SelfAttention | CrossAttention, q: Array, k: Array, v: Array) -> Array:
@@ -262,13 +262,14 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[B, T, C] -> [B, T, C]."""
+        """[B, T, C] -> [R, T, C], as in `CrossAttention`."""
         x = x + SelfAttention(self.heads, upcast=self.upcast, name="attn1")(
             LayerNorm(name="norm1")(x)
         )
-        x = x + CrossAttention(self.heads, self.context, self.upcast, name="attn2")(
+        told = CrossAttention(self.heads, self.context, self.upcast, name="attn2")(
             LayerNorm(name="norm2")(x)
         )
+        x = repeat_rows(x, len(told)) + told
         return x + FeedForward(name="ff")(LayerNorm(name="norm3")(x))
 
 
@@ -290,7 +291,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[B, H, W, C] -> [B, H, W, C]."""
+        """[B, H, W, C] -> [R, H, W, C], as in `CrossAttention`."""
         batch, height, width, channels = x.shape
 
         def project(name: str) -> nn.Module:
@@ -305,4 +306,5 @@ class Transformer(nn.Module):
                 self.heads, self.context, self.upcast, name=f"transformer_blocks.{i}"
             )
             h = block(h)
-        return x + project("proj_out")(h.reshape(x.shape))
+        h = project("proj_out")(h.reshape(-1, *x.shape[1:]))
+        return repeat_rows(x, len(h)) + h

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxgen import trees
 from jaxgen.models.controlnet_config import ControlNetConfig
-from jaxgen.models.layers import Conv, EmbeddingMLP, sinusoids
+from jaxgen.models.layers import Conv, EmbeddingMLP, repeat_rows, sinusoids
 from jaxgen.models.unet import added_waves, encode, keys_values
 from jaxgen.sharding import pin
 from jaxgen.types import (
@@ -147,14 +147,10 @@ class ControlNet:
         """All that does not depend on time: the hint's features, keys and values of the text.
 
         Args:
-            hint: [1, H, W, C] in [0, 1] for the whole batch, or one for each image, whose rows of
-                the batch, under each condition, are side by side.
+            hint: [1, H, W, C] in [0, 1] for the whole batch, or one for each image.
         """
         dtype = params["conv_in"]["kernel"].dtype
         features = self._hint_encoder.apply({"params": params[HINT]}, hint.astype(dtype))
-        rows = inputs.text.shape[0]
-        if len(features) > 1:
-            features = jnp.repeat(features, rows // len(features), 0)
         cache: Cache = {"features": features}
         cache["text"] = keys_values(params, inputs.text.astype(dtype))
         cache["added"] = added_waves(self.config.encoder, inputs, dtype)
@@ -162,13 +158,18 @@ class ControlNet:
 
     @full_precision
     def apply(self, params: Params, x: Array, point: Point, cache: Cache) -> Residuals:
-        """Residuals for noisy latents [B, h, w, C] of unit variance, in float32 at least."""
+        """Residuals for noisy latents [B, h, w, C] of unit variance, in float32 at least.
+
+        They have as many rows as the prompts, like the prediction of `UNet.apply`.
+        """
         dtype = params["conv_in"]["kernel"].dtype
+        for rows in cache["added"]:
+            x = repeat_rows(x, len(rows))
         out = ControlNetModule(self.config, self.remat).apply(
             {"params": {k: v for k, v in params.items() if k != HINT}, "cache": cache["text"]},
             x.astype(dtype),
             point.time,
-            cache["features"],
+            repeat_rows(cache["features"], len(x)),
             cache["added"],
         )
         out = out._replace(skips=()) if self.middle_only else out

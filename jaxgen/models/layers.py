@@ -63,6 +63,15 @@ class Conv(nn.Module):
         return convolve(x, kernel, bias, self.stride, padding, norm, doubled)
 
 
+def repeat_rows(x: Array, rows: int) -> Array:
+    """[B, ...] -> [rows, ...]: each row as often, side by side.
+
+    Under guidance an image comes once, and is as many rows as it has conditions from where the
+    first condition is met.
+    """
+    return x if len(x) == rows else jnp.repeat(x, rows // len(x), axis=0)
+
+
 class ResBlock(nn.Module):
     """Residual convolution block, shifted by the time embedding where there is one.
 
@@ -81,13 +90,14 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, temb: Array | None = None) -> Array:
-        """[B, H, W, C] image features, [B, E] time embedding -> [B, H, W, features]."""
+        """[B, H, W, C] image features, [B or less, E] time embedding -> [B, H, W, features]."""
         norm = partial(GroupNorm, self.groups, self.epsilon)
         conv = partial(Conv, self.features)
 
         h = conv(name="conv1")(x, norm(name="norm1").affine(x))
         if temb is not None:  # the VAE's blocks have none
-            h = h + Dense(self.features, name="time_emb_proj")(nn.silu(temb))[:, None, None, :]
+            shift = Dense(self.features, name="time_emb_proj")(nn.silu(temb))
+            h = h + repeat_rows(shift, len(h))[:, None, None, :]
         h = conv(name="conv2")(h, norm(name="norm2").affine(h))
 
         if x.shape[-1] != self.features:

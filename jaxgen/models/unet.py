@@ -19,6 +19,7 @@ from jaxgen.models.layers import (
     ResBlock,
     Upsample,
     linear,
+    repeat_rows,
     sinusoids,
 )
 from jaxgen.models.norms import GroupNorm
@@ -123,17 +124,19 @@ def encode(
     """The half that a ControlNet copies; makes its modules in the caller's scope.
 
     Args:
-        x: [B, H, W, C] after `conv_in`.
+        x: [B, H, W, C] after `conv_in`; what the prompts do not change is computed for these B
+            rows, and all that follows for the prompts' R.
         temb: [B, E].
         remat: whether the backward pass computes each block again instead of keeping its inside.
 
     Returns:
-        The middle block's output, and the skips, first to last.
+        The middle block's output, and the skips, first to last, each of R rows.
     """
     skips = [x]
     for level in range(len(cfg.block_out_channels)):
         skips += DownBlock(cfg, level, remat, name=f"down_blocks.{level}")(skips[-1], temb)
-    return MidBlock(cfg, remat, name="mid_block")(skips[-1], temb), skips
+    middle = MidBlock(cfg, remat, name="mid_block")(skips[-1], temb)
+    return middle, [repeat_rows(skip, len(middle)) for skip in skips]
 
 
 class UNetModule(nn.Module):
@@ -236,9 +239,13 @@ class UNet:
     ) -> Array:
         """The raw prediction for noisy latents [B, H, W, C], in float32 at least.
 
-        `x` is already scaled to unit variance; `point.time` is [] or [B].
+        `x` is already scaled to unit variance; `point.time` is [] or [B]. Where `cache` has R > B
+        rows, several conditions of each image side by side, so has the prediction, and what comes
+        before the first cross-attention is computed once for all of them.
         """
         dtype = params["conv_in"]["kernel"].dtype
+        for rows in (*cache["concat"], *cache["added"], *cache["guidance"]):
+            x = repeat_rows(x, len(rows))  # these differ between conditions, from the start
         x = jnp.concatenate([x, *cache["concat"]], -1).astype(dtype)
         variables = {"params": params, "cache": cache["text"]}
         out = UNetModule(self.config, self.remat).apply(

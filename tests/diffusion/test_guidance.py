@@ -27,7 +27,8 @@ def network(conditions):
     """A network under conditions [B, G], image-major: nonlinear, and it looks at the time."""
 
     def denoise(x, point):
-        assert len(x) == conditions.size
+        assert len(x) == len(conditions)
+        x = jnp.repeat(x, conditions.shape[1], axis=0)
         push = conditions.reshape(-1, 1, 1, 1)
         return jnp.tanh(x * (1 + push**2) + push + point.time / 1000)
 
@@ -107,7 +108,7 @@ def test_scales_rescale_and_interval_compile_once():
 
 def test_a_network_fresh_from_zeros_is_guided_with_finite_gradients():
     def score(weight):
-        denoise = guide(lambda x, point: weight * x, jnp.array([7.5]), 0.7)
+        denoise = guide(lambda x, point: weight * jnp.repeat(x, 2, axis=0), jnp.array([7.5]), 0.7)
         return denoise(X, at(3)).sum()
 
     value, slope = jax.value_and_grad(score)(0.0)

@@ -87,6 +87,20 @@ def test_residuals_match_diffusers(kind):
         assert error(ours, nhwc(expected)) < TOLERANCE
 
 
+@pytest.mark.parametrize("hints", [1, 2])
+@pytest.mark.parametrize("family", ["1.x", "XL"])
+def test_an_image_under_several_conditions_is_those_rows_side_by_side(family, hints):
+    _, net, params = pair(**KINDS[family])
+    x, text = nhwc(noise(2, 4, 6, 8)), noise(4, 5, 12, seed=2).numpy()
+    hint = nhwc(noise(hints, 3, 6 * net.config.factor, 8 * net.config.factor, seed=3))
+    inputs = Inputs(text, added=added(net.config.encoder, 4)[0])
+    found = run(net, params, x, 500.0, inputs, hint)
+    expected = run(net, params, np.repeat(x, 2, axis=0), 500.0, inputs, hint)
+    assert len(found.middle) == 4
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert error(ours, theirs) < TOLERANCE
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["1.x", "2.x", "XL"])
 def test_unet_with_two_controls_matches_diffusers(family):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from jaxgen import flops
 from jaxgen.models.layers import sinusoids
 from jaxgen.models.unet import UNet
 from jaxgen.trees import flatten, map_with_path, shapes
@@ -132,6 +133,37 @@ def test_each_image_of_a_batch_has_its_own_time():
     both = run(unet, params, x, np.array([10.0, 800.5], np.float32), Inputs(text))
     alone = run(unet, params, x[1:], 800.5, Inputs(text[1:]))
     assert error(both[1:], alone) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_under_several_conditions_is_those_rows_side_by_side(kind):
+    fields, sides, time = KINDS[kind]
+    _, unet, params = pair(**fields)
+    cfg = unet.config
+    x, text = nhwc(noise(2, 4, *sides)), noise(6, 5, 12, seed=2).numpy()
+    more = nhwc(noise(6, cfg.in_channels - 4, *sides, seed=3))
+    added = (noise(6, 6, seed=4).numpy(), noise(6, 6, seed=5).numpy())
+    scale = np.linspace(2, 8, 6, dtype=np.float32)
+    inputs = Inputs(
+        text,
+        (more,) if cfg.in_channels > 4 else (),
+        added if cfg.addition_embed_type else (),
+        (scale,) if cfg.time_cond_proj_dim else (),
+    )
+    expected = run(unet, params, np.repeat(x, 3, axis=0), time, inputs)
+    assert error(run(unet, params, x, time, inputs), expected) < TOLERANCE
+
+
+def test_what_comes_before_the_first_condition_runs_once():
+    _, unet, params = pair()
+    cache = unet.prepare(params, Inputs(noise(2, 5, 12).numpy()))
+
+    def operations(rows):
+        x, point = nhwc(noise(rows, 4, 8, 8)), SimpleNamespace(time=5.0)
+        return flops.count(lambda x: unet.apply(params, x, point, cache), x)
+
+    one, two = operations(1), operations(2)
+    assert one < 0.95 * two
 
 
 def test_text_enters_through_what_was_prepared_and_nowhere_else():
