@@ -17,10 +17,10 @@ from jaxgen.training.recipe import EMA, ControlNet, Images, Muon, Train
 config = Train(
     task=ControlNet(model="mini", hint="lines", hint_widths=(8, 16, 48)),
     data=Images(source="emoji_scenes", size=64),
-    optimizer=Muon(learning_rate=1e-3, warmup=50, weight_decay=1e-2, schedule="linear"),
+    optimizer=Muon(learning_rate=3e-3, warmup=50, weight_decay=1e-2, schedule="linear"),
     ema=EMA(decay=0.99),
     batch_size=32,
-    steps=3000,
+    steps=2000,
     save_every=100,
     keep=100,
     out=Path("runs/mini_edges"),
