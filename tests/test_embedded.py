@@ -13,7 +13,7 @@ import jaxgen
 from jaxgen import cli, zoo
 from jaxgen.data.emoji_scenes import said
 from jaxgen.load import open_model
-from jaxgen.refs import ASSETS, EMBEDDED
+from jaxgen.refs import ASSETS, CONTROLS, EMBEDDED
 from jaxgen.types import UserError
 from sample import demo
 
@@ -71,6 +71,35 @@ def test_its_pictures_are_diffusers_pictures(tmp_path):
     model, params = jaxgen.load()
     ours = jaxgen.sample(model, params, [PROMPT], steps=8, guidance=4.0, latents=noise)
     assert np.abs(ours.astype(int) - np.rint(255 * wanted).astype(int)).max() <= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["edges", "segmentation"])
+def test_its_controlnets_are_found_by_name_and_steer_as_in_diffusers(name, tmp_path):
+    shutil.copytree(EMBEDDED, tmp_path / "mini")
+    net = diffusers.ControlNetModel.from_pretrained(
+        CONTROLS / name, dtype=torch.float32, low_cpu_mem_usage=False
+    )
+    pipe = diffusers.StableDiffusionControlNetPipeline.from_pretrained(
+        tmp_path / "mini", controlnet=net, dtype=torch.float32, low_cpu_mem_usage=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(0).standard_normal((1, 16, 16, 4), np.float32)
+    hint = np.zeros((64, 64, 3), np.uint8)
+    hint[20:40, 10:50] = 255
+    wanted = pipe(
+        PROMPT,
+        torch.from_numpy(hint / 255).permute(2, 0, 1)[None].float(),
+        num_inference_steps=8,
+        guidance_scale=4.0,
+        latents=torch.from_numpy(noise).permute(0, 3, 1, 2),
+        output_type="np",
+    ).images
+    asked = {"prompts": [PROMPT], "steps": 8, "guidance": 4.0, "latents": noise}
+    ours = jaxgen.sample(*jaxgen.load(control=[name]), control=[hint], **asked)
+    assert np.abs(ours.astype(int) - np.rint(255 * wanted).astype(int)).max() <= 1
+    without = jaxgen.sample(*jaxgen.load(), **asked)
+    assert np.abs(ours.astype(int) - without).max() > 50
 
 
 def test_a_prompt_of_unknown_words_simply_samples(tmp_path):

@@ -26,8 +26,8 @@ def program(tmp_path, monkeypatch):
     mask[8:24, 12:] = 255
     Image.fromarray(mask).save("mask.png")
 
-    def run(name, *arguments):
-        runpy.run_path(str(HERE.parent / "sample" / f"{name}.py"))["main"](TINY, *arguments)
+    def run(name, *arguments, folder=TINY):
+        runpy.run_path(str(HERE.parent / "sample" / f"{name}.py"))["main"](folder, *arguments)
 
     return run
 
@@ -58,3 +58,9 @@ def test_the_gradient_brightens_the_picture(program, capsys):
     values = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     assert len(values) == 5
     assert values[-1] > values[0]
+
+
+@pytest.mark.parametrize("name", ["edges", "segmentation"])
+def test_what_follows_a_hint_is_shown_between_hints_and_what_does_not(program, name):
+    program("control", name, folder="mini")
+    assert pixels(f"control_{name}.png").shape == (3 * 68 - 4, 6 * 68 - 4, 3)
