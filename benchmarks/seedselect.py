@@ -79,7 +79,8 @@ def shapes_of(side: int, steps: int, batch: int, remat: bool) -> Any:
     from jaxgen.diffusion import grids
     from jaxgen.diffusion.schedule import Schedule
     from jaxgen.load import open_model
-    from jaxgen.models.clip import VisionConfig, VisionEncoder
+    from jaxgen.models.clip_config import VisionConfig
+    from jaxgen.models.clip_vision import VisionEncoder
     from jaxgen.seedselect import search
     from jaxgen.seedselect.objective import ClipDistance, Given, Objective, Targets, Weights
     from jaxgen.seedselect.search import Program, Rule, Run, Search
