@@ -197,7 +197,7 @@ class Seedselect:
         paths: list[Path],
     ) -> Callable[[], None]:
         """One class: pictures and seeds in one folder."""
-        from jaxgen.seedselect import references, selection
+        from jaxgen.seedselect import checks, references, selection
 
         if self.prompt is None:
             raise UserError("no prompt is given; an empty one is written ''")
@@ -207,7 +207,7 @@ class Seedselect:
         pictures = references.read(paths, checked.size)
         settings = identity(model, checked, tensors, self.dtype)
         start = self._start(checked, settings)
-        selection.check(checked, [pictures], how, judge, None, start)
+        checks.check(checked, [pictures], how, judge, None, start)
         writer = stack.enter_context(writing(self.out, model, checked, self.dtype))
 
         def work() -> None:
@@ -282,7 +282,7 @@ class Seedselect:
         classes: dict[str, list[Path]],
     ) -> Callable[[], None]:
         """A folder of classes: a training folder of their references and new pictures."""
-        from jaxgen.seedselect import fewshot, references, selection
+        from jaxgen.seedselect import checks, fewshot, references
 
         template = TEMPLATE if self.prompt is None else self.prompt
         prompts = fewshot.prompts(template, classes)
@@ -297,7 +297,7 @@ class Seedselect:
             )
         checked = request.plan(model, self._request(prompts, most, hints))
         pictures = {name: references.read(paths, checked.size) for name, paths in classes.items()}
-        selection.check(checked, list(pictures.values()), how, judge, None, self.start)
+        checks.check(checked, list(pictures.values()), how, judge, None, self.start)
         fewer, gentle = min(AGAIN, how.iterations), GENTLE if self.rate is None else self.rate
         again = dataclasses.replace(how, iterations=fewer, learning_rate=gentle)
         settings = identity(model, checked, tensors, self.dtype)

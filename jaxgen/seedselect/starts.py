@@ -1,7 +1,8 @@
 """Where seeds start from: noise, what the references invert to, or seeds that were found before."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -15,8 +16,35 @@ from jaxgen.diffusion import inversion, shell
 from jaxgen.request import Plan, plan
 from jaxgen.types import Array, Cache, Params, Point
 
+Start = str | np.ndarray | Callable[[int], np.ndarray]  # gaussian, nao; noise; or noise of an index
+
 SPREAD, NORM_AWARE = 2, 3  # tell what is drawn here from what else a seed draws
 STEPS = 50  # of the inversion, as in the released code of NAO
+
+
+def of(
+    start: Start, model: Model, params: Params, checked: Plan, latents: Sequence[Array], mesh: Mesh
+) -> Callable[[int], np.ndarray] | None:
+    """Where the image of each index starts [h, w, C]; None for its own noise.
+
+    Args:
+        start: as of `select`.
+        latents: of each prompt's references, [K, h, w, C].
+    """
+    if isinstance(start, np.ndarray):
+        return lambda index: start[index % len(start)]
+    if not isinstance(start, str):
+        return start
+    if start == "gaussian":
+        return None
+
+    @functools.cache
+    def between_references(prompt: int) -> Callable[[int], np.ndarray]:
+        seeds = inverted(model, params, checked, prompt, latents[prompt], mesh)
+        return norm_aware(seeds, checked.request.seed)
+
+    count = checked.request.count
+    return lambda index: between_references(index // count)(index % count)
 
 
 def inverted(
