@@ -2,29 +2,26 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 from tyro.conf import Positional
 
 from jaxgen import generate, request, sharding, terminal
 from jaxgen.commands import controls
-from jaxgen.data import images
 from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model
 from jaxgen.load import DTYPES, open_model, read_params
-from jaxgen.output import Writer, identity, writing
+from jaxgen.output import identity, writing
 from jaxgen.types import UserError
 
 Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 TEMPLATE = "a photo of a {}"
 AGAIN, GENTLE = 5, 0.02  # iterations and rate of a seed that starts from those found before
 RATES = {"gaussian": 0.1, "nao": 0.05}
-STRIPS = 16  # rows of strip.png at most
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ class Seedselect:
         paths: list[Path],
     ) -> Callable[[], None]:
         """One class: pictures and seeds in one folder."""
-        from jaxgen.seedselect import checks, references, selection
+        from jaxgen.seedselect import checks, folder, references, selection, starts
 
         if self.prompt is None:
             raise UserError("no prompt is given; an empty one is written ''")
@@ -206,7 +203,7 @@ class Seedselect:
         checked = request.plan(model, self._request([self.prompt], self.count, hints))
         pictures = references.read(paths, checked.size)
         settings = identity(model, checked, tensors, self.dtype)
-        start = self._start(checked, settings)
+        start = starts.named(self.start, checked, settings)
         checks.check(checked, [pictures], how, judge, None, start)
         writer = stack.enter_context(writing(self.out, model, checked, self.dtype))
 
@@ -218,59 +215,16 @@ class Seedselect:
                 judge=judge, start=start, progress=True, frames=True,
             )  # fmt: skip
             made = {**self._made_with(), "weight": how.weight, "iterations": how.iterations}
-            writer.write(self._kept(found, writer, settings | {"prompt": self.prompt}, made))
+            writer.write(folder.kept(found, writer, settings | {"prompt": self.prompt}, made))
             shown = "1 picture is" if writer.count == 1 else f"{writer.count} pictures are"
             print(f"{shown} in {self.out}; see {self.out / 'strip.png'}, each as it improved")
 
         return work
 
-    def _kept(
-        self,
-        found: Iterator[Any],
-        writer: Writer,
-        settings: dict[str, Any],
-        made: dict[str, Any],
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """What was found, on its way to the pictures; seeds and strips are written beside them."""
-        from jaxgen.seedselect import seeds
-
-        noises: dict[int, np.ndarray] = {}
-        strips: dict[int, list[np.ndarray]] = {}
-        try:
-            for one in found:
-                name = f"seeds/{writer.first + one.index:05}.npz"
-                (self.out / "seeds").mkdir(exist_ok=True)
-                seeds.write(self.out / name, one.seed[None], settings | made | one.figures())
-                noises[one.index] = one.seed
-                if len(strips) < STRIPS:
-                    strips[one.index] = one.frames
-                writer.of_picture[one.index] = {"latents": name, **one.figures(), **made}
-                yield one.index, one.image
-        finally:
-            if noises:
-                ordered = np.stack([noises[i] for i in sorted(noises)])
-                seeds.write(self.out / "seed.npz", ordered, settings | made)
-                strip = images.rows([strips[i] for i in sorted(strips)])
-                images.save_png(self.out / "strip.png", strip, "each row a seed, as it improves")
-
     def _made_with(self) -> dict[str, Any]:
         """What a seed's file says of where it came from; it may be used elsewhere."""
         judge = "the model's own" if self.judge is None else str(self.judge)
         return {"judge": judge, "start": self.start}
-
-    def _start(self, checked: request.Plan, settings: dict[str, Any]) -> Any:
-        """gaussian and nao by name; seeds of a file as they are; near those of a folder."""
-        from jaxgen.seedselect import seeds, starts
-
-        if self.start in ("gaussian", "nao"):
-            return self.start
-        path = Path(self.start)
-        if not path.exists():
-            raise UserError(f"--start {self.start} is neither gaussian, nao, nor a file or folder")
-        known = seeds.read(path, checked.latent_shape, settings, checked.request.prompts[0])
-        if path.is_dir():
-            return lambda index: starts.spread(known, self.seed, index)
-        return known
 
     def _many(
         self,

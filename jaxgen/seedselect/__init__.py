@@ -2,7 +2,7 @@
 
 `select` is the whole of it; the other rooms are its parts: what is minimised (`objective`), how
 (`search`), from where (`starts`), with what (`references`), by whom (`judges`), what does not fit
-(`checks`), and the files (`seeds`).
+(`checks`), and what is written (`seeds`, `folder`, and `fewshot` for a folder of classes).
 """
 
 from jaxgen.seedselect.judges import Judge, open_judge

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,12 +16,30 @@ from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model, Network
 from jaxgen.diffusion import inversion, shell
 from jaxgen.request import Plan, plan
-from jaxgen.types import Array, Cache, Params, Point
+from jaxgen.seedselect.seeds import read
+from jaxgen.types import Array, Cache, Params, Point, UserError
 
 Start = str | np.ndarray | Callable[[int], np.ndarray]  # gaussian, nao; noise; or noise of an index
 
 SPREAD, NORM_AWARE = 2, 3  # tell what is drawn here from what else a seed draws
 STEPS = 50  # of the inversion, as in the released code of NAO
+
+
+def named(start: str, checked: Plan, settings: Mapping[str, Any]) -> Start:
+    """gaussian and nao by name; seeds of a file as they are; near those of a folder.
+
+    Args:
+        settings: of `output.identity`, under which seeds are to be used.
+    """
+    if start in ("gaussian", "nao"):
+        return start
+    path = Path(start)
+    if not path.exists():
+        raise UserError(f"--start {start} is neither gaussian, nao, nor a file or folder")
+    known = read(path, checked.latent_shape, settings, checked.request.prompts[0])
+    if path.is_dir():
+        return lambda index: spread(known, checked.request.seed, index)
+    return known
 
 
 def of(
