@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from jaxgen import generate, request, sharding, terminal
+from jaxgen import generate, sharding, terminal
 from jaxgen.commands import controls
 from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model
 from jaxgen.load import DTYPES, open_model, read_params
 from jaxgen.output import identity, writing
+from jaxgen.plan import plan
+from jaxgen.request import Request
 from jaxgen.types import UserError
 
 Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -168,9 +170,9 @@ class Seedselect:
             remat=self.remat,
         )
 
-    def _request(self, prompts: list[str], count: int, hints: list[Hint]) -> request.Request:
+    def _request(self, prompts: list[str], count: int, hints: list[Hint]) -> Request:
         guidance = 1.0 if self.start == "nao" else 7.5
-        return request.Request(
+        return Request(
             prompts=prompts,
             negative=self.negative,
             steps=self.steps,
@@ -200,7 +202,7 @@ class Seedselect:
             raise UserError("no prompt is given; an empty one is written ''")
         if "{}" in self.prompt:
             raise UserError(f"{{}} is the name of a class, and {self.images} holds no classes")
-        checked = request.plan(model, self._request([self.prompt], self.count, hints))
+        checked = plan(model, self._request([self.prompt], self.count, hints))
         pictures = references.read(paths, checked.size)
         settings = identity(model, checked, tensors, self.dtype)
         start = starts.named(self.start, checked, settings)
@@ -249,7 +251,7 @@ class Seedselect:
             raise UserError(
                 "--start is gaussian or nao for classes; each goes on from its own seeds"
             )
-        checked = request.plan(model, self._request(prompts, most, hints))
+        checked = plan(model, self._request(prompts, most, hints))
         pictures = {name: references.read(paths, checked.size) for name, paths in classes.items()}
         checks.check(checked, list(pictures.values()), how, judge, None, self.start)
         fewer, gentle = min(AGAIN, how.iterations), GENTLE if self.rate is None else self.rate

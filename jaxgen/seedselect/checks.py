@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxgen.diffusion import inversion, samplers
-from jaxgen.request import Plan
+from jaxgen.plan import Plan
 from jaxgen.seedselect import starts
 from jaxgen.seedselect.judges import Judge
 from jaxgen.seedselect.objective import Score

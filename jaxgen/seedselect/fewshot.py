@@ -14,7 +14,7 @@ import numpy as np
 from jaxgen import config, locks
 from jaxgen.data import images
 from jaxgen.denoiser import Model
-from jaxgen.request import Plan
+from jaxgen.plan import Plan
 from jaxgen.seedselect import references, seeds, selection, starts
 from jaxgen.seedselect.judges import Judge, meaning_by
 from jaxgen.seedselect.references import References

@@ -14,7 +14,7 @@ from jaxgen.conditioning import encode_image, unit
 from jaxgen.data import images
 from jaxgen.data.folder import METADATA
 from jaxgen.denoiser import Model
-from jaxgen.request import Plan
+from jaxgen.plan import Plan
 from jaxgen.seedselect.objective import ClipDistance, Score, Targets
 from jaxgen.seedselect.search import Search
 from jaxgen.types import Array, Params, UserError

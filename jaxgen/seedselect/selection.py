@@ -13,7 +13,7 @@ from tqdm import tqdm
 from jaxgen import conditioning, generate, sharding
 from jaxgen.data import images
 from jaxgen.denoiser import Model
-from jaxgen.request import Plan
+from jaxgen.plan import Plan
 from jaxgen.seedselect import checks, references, search, starts
 from jaxgen.seedselect.judges import Judge, meaning_by
 from jaxgen.seedselect.objective import ClipDistance, Given, Look, Objective, Score, Weights
@@ -71,7 +71,7 @@ def select(
 
     Args:
         model, params: from `jaxgen.load`.
-        checked: of `request.plan`: prompts are classes, `count` is seeds of each.
+        checked: of `plan.plan`: prompts are classes, `count` is seeds of each.
         pictures: for each prompt its references, uint8 [H, W, 3] of any sizes (one is allowed), or
             what `encode` made of them; none where a score has all the weight.
         how: the numbers of the search.

@@ -15,7 +15,7 @@ from jaxgen import conditioning, denoiser, generate, sharding
 from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model, Network
 from jaxgen.diffusion import inversion, shell
-from jaxgen.request import Plan, plan
+from jaxgen.plan import Plan, plan
 from jaxgen.seedselect.seeds import read
 from jaxgen.types import Array, Cache, Params, Point, UserError
 

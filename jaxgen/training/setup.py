@@ -10,13 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgen import request, sharding, trees, zoo
+from jaxgen import sharding, trees, zoo
 from jaxgen.data.hints import fit
 from jaxgen.data.images import read_image
 from jaxgen.data.pipeline import Images
 from jaxgen.denoiser import Model
 from jaxgen.load import open_model
 from jaxgen.parts import PARTS
+from jaxgen.plan import plan
 from jaxgen.request import Request
 from jaxgen.tasks.base import Task, check_caches
 from jaxgen.tasks.contrastive import Contrastive
@@ -120,7 +121,7 @@ def check_samples(recipe: Train, model: Model) -> None:
             "name one picture file for each, or one for all"
         )
     try:
-        request.plan(model, Request(prompts=prompts, **sampling(recipe)))
+        plan(model, Request(prompts=prompts, **sampling(recipe)))
     except UserError as error:
         raise UserError(f"samples: {error}") from None
 
