@@ -285,7 +285,7 @@ def ours(folder: str, bench: Bench) -> None:
     from jaxgen import sharding
     from jaxgen.generate import trim
     from jaxgen.load import open_model, read_params
-    from jaxgen.training import setup
+    from jaxgen.training import placement
 
     recipe = recipe_of(bench, True)
     recipe = dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, model=folder))
@@ -294,11 +294,11 @@ def ours(folder: str, bench: Bench) -> None:
     task = recipe.task.build(model)
     given = read_params({"unet": tensors["unet"]}, "f32", sharding.layout(mesh))
     params = task.init(jax.random.key(0), given)
-    state, frozen, transform = setup.begin(recipe, task, params, mesh)
+    state, frozen, transform = placement.begin(recipe, task, params, mesh)
     del given, params
     rows = sharding.place_batch(rows_of(task, bench.batch), mesh)
     with jax.set_mesh(mesh):
-        program = setup.compiled_once(recipe, task, transform, state, mesh)
+        program = placement.compiled_once(recipe, task, transform, state, mesh)
         program.lower(state, frozen, rows).compile()
         trim()
 

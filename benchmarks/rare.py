@@ -38,7 +38,7 @@ import tyro
 from PIL import Image
 
 import jaxgen
-from jaxgen import request, seedselect
+from jaxgen import seedselect
 from jaxgen.commands.seedselect import AGAIN, GENTLE, RATES
 from jaxgen.data import images
 from jaxgen.data.emoji_scenes import artwork, captions
@@ -46,6 +46,8 @@ from jaxgen.data.emoji_scenes.artwork import Subject
 from jaxgen.data.emoji_scenes.views import SubjectViews
 from jaxgen.evaluation import judge
 from jaxgen.evaluation.judge import CROP, Namer
+from jaxgen.plan import plan
+from jaxgen.request import Request
 from jaxgen.save import check_new
 from jaxgen.seedselect import Found, Search, judges, references, starts
 from jaxgen.seedselect.objective import unit
@@ -120,11 +122,11 @@ def shares(bench: Bench, folder: Path) -> None:
     """The table of how many pictures show what they are to show."""
     subjects, count = chosen(bench.group, bench.subjects), bench.count
     model, params = jaxgen.load(bench.model)
-    asked = request.Request(
+    asked = Request(
         prompts=[captions.noun(s) for s in subjects], steps=bench.steps, sampler="ddim",
         guidance=bench.guidance, seed=bench.seed, count=count, batch=bench.batch,
     )  # fmt: skip
-    checked = request.plan(model, asked)
+    checked = plan(model, asked)
     known = [views(s, 0, bench.references) for s in subjects]
     eyes = seedselect.open_judge(bench.judge, bench.model)
     meaning = judges.meaning_by(eyes, Search())
@@ -138,7 +140,7 @@ def shares(bench: Bench, folder: Path) -> None:
         name: str,
         iterations: int,
         start: Any = "gaussian",
-        plan: Any = checked,
+        under: Any = checked,
         rate: float = 0.1,
         before: float = 0.0,
     ) -> tuple[list[Found], float]:
@@ -150,12 +152,12 @@ def shares(bench: Bench, folder: Path) -> None:
 
         def run(how: Search, only: Sequence[int] | None) -> list[Found]:
             given = {"judge": eyes, "start": start, "only": only, "progress": True}
-            return [*seedselect.select(model, params, plan, known, how, **given)]
+            return [*seedselect.select(model, params, under, known, how, **given)]
 
         run(replace(how, iterations=1), [0])
         begun = time.perf_counter()
         found = run(how, None)
-        assert len(found) == plan.total, "a seed was left out: rows would not fit their subjects"
+        assert len(found) == under.total, "a seed was left out: rows would not fit their subjects"
         seconds = (time.perf_counter() - begun) / len(found) + before
         # A single iteration looks at the start itself, and its time is that of its gradient too.
         table.row(name, [one.image for one in found], seconds if iterations > 1 else None)
@@ -169,7 +171,7 @@ def shares(bench: Bench, folder: Path) -> None:
     table.row("real views", real)
     table.row("real views of the next", [*real[count:], *real[:count]])
 
-    def plain(name: str, asked: request.Request) -> list[np.ndarray]:
+    def plain(name: str, asked: Request) -> list[np.ndarray]:
         run = partial(jaxgen.sample, model, params, **vars(asked))
         run()
         begun = time.perf_counter()
@@ -183,7 +185,7 @@ def shares(bench: Bench, folder: Path) -> None:
     plain("plain, guidance 1", alone)
     search("10 iterations", 10)
     found, seconds = search("30 iterations", 30)
-    unguided = request.plan(model, alone)
+    unguided = plan(model, alone)
     for iterations in (1, AGAIN):
         name = "as they start" if iterations == 1 else f"{iterations} iterations"
         search(f"norm-aware, {name}", iterations, "nao", unguided, RATES["nao"])

@@ -79,7 +79,8 @@ def shapes_of(side: int, steps: int, batch: int, remat: bool) -> Any:
     from jaxgen.diffusion import grids
     from jaxgen.diffusion.schedule import Schedule
     from jaxgen.load import open_model
-    from jaxgen.models.clip import VisionConfig, VisionEncoder
+    from jaxgen.models.clip_config import VisionConfig
+    from jaxgen.models.clip_vision import VisionEncoder
     from jaxgen.seedselect import search
     from jaxgen.seedselect.objective import ClipDistance, Given, Objective, Targets, Weights
     from jaxgen.seedselect.search import Program, Rule, Run, Search
@@ -232,22 +233,23 @@ def our_iteration(bench: Bench, ref: str | None, clip: Path, batch: int) -> Call
     import jax.numpy as jnp
 
     import jaxgen
-    from jaxgen import request
     from jaxgen.evaluation.clip import open_vision
+    from jaxgen.plan import plan
+    from jaxgen.request import Request
     from jaxgen.seedselect import Judge, Search, select
     from jaxgen.seedselect.references import References
 
     model, params = jaxgen.load(ref)
     side = bench.side * model.factor
     judge = Judge(*open_vision(clip))
-    asked = request.Request(
+    asked = Request(
         prompts=["a fox"], steps=STEPS, sampler="ddim", size=(side, side), count=batch,
         batch=batch, latents=noise(bench.side, batch),
     )  # fmt: skip
     width = judge.vision.config.projection_dim
     one = np.ones((1, width), np.float32) / np.sqrt(width)
     known = References(jnp.zeros((1, bench.side, bench.side, 4)), jnp.asarray(one))
-    checked = request.plan(model, asked)
+    checked = plan(model, asked)
     mesh = jaxgen.sharding.data_mesh(1)
 
     def iteration() -> float:

@@ -175,17 +175,17 @@ def ours(folder: str, batch: int, runs: int) -> None:
     from jaxgen import sharding
     from jaxgen.generate import trim
     from jaxgen.load import read_params
-    from jaxgen.training import setup
+    from jaxgen.training import placement
 
     recipe = recipe_of(folder, batch)
     task, mesh, tensors = task_of(recipe)
     params = read_params({"unet": tensors}, "f32", sharding.layout(mesh))
-    state, frozen, transform = setup.begin(recipe, task, params, mesh)
+    state, frozen, transform = placement.begin(recipe, task, params, mesh)
     del params
     rows = sharding.place_batch(cached_rows(batch, task.model.unet.config), mesh)
 
     with jax.set_mesh(mesh):
-        program = setup.compiled_once(recipe, task, transform, state, mesh)
+        program = placement.compiled_once(recipe, task, transform, state, mesh)
         program.lower(state, frozen, rows).compile()
         trim()
 

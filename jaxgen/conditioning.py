@@ -16,7 +16,7 @@ from jaxgen import sharding
 from jaxgen.denoiser import Model
 from jaxgen.models.clip import TextEncoder
 from jaxgen.models.vae import VAE
-from jaxgen.request import Plan
+from jaxgen.plan import Plan
 from jaxgen.types import Array, Control, Inputs, Params
 
 

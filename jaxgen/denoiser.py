@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.diffusion.guidance import SLACK
-from jaxgen.models.clip import TextEncoder, VisionEncoder
+from jaxgen.models.clip import TextEncoder
+from jaxgen.models.clip_vision import VisionEncoder
 from jaxgen.models.controlnet import ControlNet
 from jaxgen.models.unet import UNet
 from jaxgen.models.vae import VAE

@@ -23,7 +23,8 @@ from jaxgen.diffusion import grids, samplers
 from jaxgen.diffusion import guidance as guidances
 from jaxgen.models.tiling import decode_tiled
 from jaxgen.models.vae import VAE
-from jaxgen.request import Plan, Request, plan
+from jaxgen.plan import Plan, plan
+from jaxgen.request import Request
 from jaxgen.types import Array, Cache, Inputs, Params, Point, UserError
 
 WHOLE = 128 * 128  # latents; more are decoded in tiles

@@ -15,7 +15,7 @@ from jaxgen import generate, locks
 from jaxgen.data import images
 from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model
-from jaxgen.request import Plan
+from jaxgen.plan import Plan
 from jaxgen.types import Params, UserError
 from jaxgen.weights import files
 from jaxgen.weights.files import Tensors

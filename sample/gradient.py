@@ -13,19 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgen
-from jaxgen import conditioning, denoiser, generate, request, sharding
+from jaxgen import conditioning, denoiser, generate, sharding
 from jaxgen.diffusion import grids, guidance, samplers
+from jaxgen.plan import plan
+from jaxgen.request import Request
 from jaxgen.types import Array, Params
 
 
 def main(folder: str, prompt: str) -> None:
     model, params = jaxgen.load(folder)
-    asked = request.Request(prompts=[prompt], sampler="ddim", steps=8)
-    plan = request.plan(model, asked)
+    asked = Request(prompts=[prompt], sampler="ddim", steps=8)
+    checked = plan(model, asked)
     pictures = conditioning.Pictures()  # none: text to image
     mesh = sharding.data_mesh(1)
-    scales, inputs = conditioning.condition(model, params, plan, pictures, [0], mesh)
-    grid = grids.grid(plan.schedule, asked.steps).points
+    scales, inputs = conditioning.condition(model, params, checked, pictures, [0], mesh)
+    grid = grids.grid(checked.schedule, asked.steps).points
 
     def brightness(noise: Array, params: Params) -> Array:
         cache = denoiser.prepare(model.network, params, inputs)
@@ -35,7 +37,9 @@ def main(folder: str, prompt: str) -> None:
         return model.vae.decode(params["vae"], latents).mean()
 
     step = jax.jit(jax.value_and_grad(brightness))
-    noise, _ = generate.draw(np.uint32(0), np.arange(1, dtype=np.uint32), shape=plan.latent_shape)
+    noise, _ = generate.draw(
+        np.uint32(0), np.arange(1, dtype=np.uint32), shape=checked.latent_shape
+    )
     for i in range(5):
         value, slope = step(noise, params)
         print(f"iteration {i}: mean brightness {float(value):+.4f}")

@@ -17,10 +17,12 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from jaxgen import cli, generate, locks, output, request
+from jaxgen import cli, generate, locks, output
 from jaxgen.commands import sample as commands_sample
 from jaxgen.data import images, latents
 from jaxgen.load import open_model
+from jaxgen.plan import plan
+from jaxgen.request import Request
 from jaxgen.seedselect import seeds
 from tests.weights.test_single_file import SHAPES
 
@@ -428,9 +430,9 @@ def test_a_seed_is_of_weights_whatever_their_folder_is_called(here, capsys, monk
         shutil.copytree("tiny", f"{run_name}/model")
     changed("two/model", 1e-4)
     model, tensors = open_model("one/model")
-    plan = request.plan(model, request.Request(prompts=["a fox"], steps=2))
+    checked = plan(model, Request(prompts=["a fox"], steps=2))
     noise = np.random.default_rng(0).standard_normal((1, 16, 16, 4), dtype=np.float32)
-    seeds.write(Path("seed.npz"), noise, output.identity(model, plan, tensors))
+    seeds.write(Path("seed.npz"), noise, output.identity(model, checked, tensors))
 
     replay = ("sample", "a fox", "--steps", "2", "--latents", str(Path("seed.npz").resolve()))
     run(*replay, "--model", "two/model", code=2)

@@ -12,7 +12,9 @@ import transformers
 from PIL import Image
 
 import jaxgen
-from jaxgen import request, seedselect
+from jaxgen import seedselect
+from jaxgen.plan import plan
+from jaxgen.request import Request
 from jaxgen.seedselect import references
 from jaxgen.types import UserError
 from tests.test_cli import TINY, compile_cache, run  # noqa: F401  a fixture
@@ -195,7 +197,7 @@ def test_any_score_takes_the_place_of_meaning_and_branches_take_part(here):
     model, params = jaxgen.load("tiny", control=["net"])
     hint = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     asked = {"prompts": ["a"], "sampler": "ddim", "steps": 3, "guidance": 2.0, "seed": 1}
-    checked = request.plan(model, request.Request(control=hint, **asked))
+    checked = plan(model, Request(control=hint, **asked))
 
     def dark(params, rows, images):
         return images.mean((1, 2, 3))

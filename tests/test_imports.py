@@ -18,6 +18,7 @@ FLOORS = [
     ["models", "diffusion", "adapters", "weights", "data"],
     ["denoiser", "parts", "refs"],
     ["request", "zoo", "controls"],
+    ["plan"],
     ["load", "conditioning"],
     ["save", "generate", "tasks"],
     ["output", "training"],

@@ -8,7 +8,8 @@ import pytest
 
 import jaxgen
 from jaxgen.generate import mesh_for
-from jaxgen.request import Request, plan
+from jaxgen.plan import plan
+from jaxgen.request import Request
 from jaxgen.sharding import data_mesh
 
 TINY = Path(__file__).parent / "assets" / "tiny"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import jaxgen
-from jaxgen.request import Request, plan
+from jaxgen.plan import plan
+from jaxgen.request import Request
 from jaxgen.types import UserError
 
 TINY = Path(__file__).parent / "assets" / "tiny"

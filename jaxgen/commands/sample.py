@@ -8,13 +8,15 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from jaxgen import generate, request, sharding, terminal
+from jaxgen import generate, sharding, terminal
 from jaxgen.commands import controls
 from jaxgen.data import images, latents
 from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model
 from jaxgen.load import DTYPES, open_model, read_params
 from jaxgen.output import identity, writing
+from jaxgen.plan import plan
+from jaxgen.request import Request
 from jaxgen.types import UserError
 
 Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -119,7 +121,7 @@ class Sample:
                 refs = [ref for ref, _ in wanted] or None
                 model, tensors = open_model(self.model, self.variant, self.prediction, control=refs)
                 self._refuse_branches(model)
-                checked = request.plan(model, self._request(model, [hint for _, hint in wanted]))
+                checked = plan(model, self._request(model, [hint for _, hint in wanted]))
                 if self.latents:
                     _, found = latents.read_latents(self.latents)
                     settings = identity(model, checked, tensors, self.dtype)
@@ -138,10 +140,10 @@ class Sample:
                     "and this version of jaxgen loads none; leave the option out"
                 )
 
-    def _request(self, model: Model, hints: list[Hint]) -> request.Request:
+    def _request(self, model: Model, hints: list[Hint]) -> Request:
         prompts = [*self.prompt, *(terminal.read_lines(self.prompts) if self.prompts else ())]
         noise = latents.read_latents(self.latents)[0] if self.latents else None
-        return request.Request(
+        return Request(
             prompts=prompts,
             negative=self.negative,
             steps=self.steps,

@@ -2,29 +2,28 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from jaxgen import generate, request, sharding, terminal
+from jaxgen import generate, sharding, terminal
 from jaxgen.commands import controls
-from jaxgen.data import images
 from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model
 from jaxgen.load import DTYPES, open_model, read_params
-from jaxgen.output import Writer, identity, writing
+from jaxgen.output import identity, writing
+from jaxgen.plan import plan
+from jaxgen.request import Request
 from jaxgen.types import UserError
 
 Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 TEMPLATE = "a photo of a {}"
 AGAIN, GENTLE = 5, 0.02  # iterations and rate of a seed that starts from those found before
 RATES = {"gaussian": 0.1, "nao": 0.05}
-STRIPS = 16  # rows of strip.png at most
 
 
 @dataclass(frozen=True)
@@ -171,9 +170,9 @@ class Seedselect:
             remat=self.remat,
         )
 
-    def _request(self, prompts: list[str], count: int, hints: list[Hint]) -> request.Request:
+    def _request(self, prompts: list[str], count: int, hints: list[Hint]) -> Request:
         guidance = 1.0 if self.start == "nao" else 7.5
-        return request.Request(
+        return Request(
             prompts=prompts,
             negative=self.negative,
             steps=self.steps,
@@ -197,17 +196,17 @@ class Seedselect:
         paths: list[Path],
     ) -> Callable[[], None]:
         """One class: pictures and seeds in one folder."""
-        from jaxgen.seedselect import references, selection
+        from jaxgen.seedselect import checks, folder, references, selection, starts
 
         if self.prompt is None:
             raise UserError("no prompt is given; an empty one is written ''")
         if "{}" in self.prompt:
             raise UserError(f"{{}} is the name of a class, and {self.images} holds no classes")
-        checked = request.plan(model, self._request([self.prompt], self.count, hints))
+        checked = plan(model, self._request([self.prompt], self.count, hints))
         pictures = references.read(paths, checked.size)
         settings = identity(model, checked, tensors, self.dtype)
-        start = self._start(checked, settings)
-        selection.check(checked, [pictures], how, judge, None, start)
+        start = starts.named(self.start, checked, settings)
+        checks.check(checked, [pictures], how, judge, None, start)
         writer = stack.enter_context(writing(self.out, model, checked, self.dtype))
 
         def work() -> None:
@@ -218,59 +217,16 @@ class Seedselect:
                 judge=judge, start=start, progress=True, frames=True,
             )  # fmt: skip
             made = {**self._made_with(), "weight": how.weight, "iterations": how.iterations}
-            writer.write(self._kept(found, writer, settings | {"prompt": self.prompt}, made))
+            writer.write(folder.kept(found, writer, settings | {"prompt": self.prompt}, made))
             shown = "1 picture is" if writer.count == 1 else f"{writer.count} pictures are"
             print(f"{shown} in {self.out}; see {self.out / 'strip.png'}, each as it improved")
 
         return work
 
-    def _kept(
-        self,
-        found: Iterator[Any],
-        writer: Writer,
-        settings: dict[str, Any],
-        made: dict[str, Any],
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """What was found, on its way to the pictures; seeds and strips are written beside them."""
-        from jaxgen.seedselect import seeds
-
-        noises: dict[int, np.ndarray] = {}
-        strips: dict[int, list[np.ndarray]] = {}
-        try:
-            for one in found:
-                name = f"seeds/{writer.first + one.index:05}.npz"
-                (self.out / "seeds").mkdir(exist_ok=True)
-                seeds.write(self.out / name, one.seed[None], settings | made | one.figures())
-                noises[one.index] = one.seed
-                if len(strips) < STRIPS:
-                    strips[one.index] = one.frames
-                writer.of_picture[one.index] = {"latents": name, **one.figures(), **made}
-                yield one.index, one.image
-        finally:
-            if noises:
-                ordered = np.stack([noises[i] for i in sorted(noises)])
-                seeds.write(self.out / "seed.npz", ordered, settings | made)
-                strip = images.rows([strips[i] for i in sorted(strips)])
-                images.save_png(self.out / "strip.png", strip, "each row a seed, as it improves")
-
     def _made_with(self) -> dict[str, Any]:
         """What a seed's file says of where it came from; it may be used elsewhere."""
         judge = "the model's own" if self.judge is None else str(self.judge)
         return {"judge": judge, "start": self.start}
-
-    def _start(self, checked: request.Plan, settings: dict[str, Any]) -> Any:
-        """gaussian and nao by name; seeds of a file as they are; near those of a folder."""
-        from jaxgen.seedselect import seeds, starts
-
-        if self.start in ("gaussian", "nao"):
-            return self.start
-        path = Path(self.start)
-        if not path.exists():
-            raise UserError(f"--start {self.start} is neither gaussian, nao, nor a file or folder")
-        known = seeds.read(path, checked.latent_shape, settings, checked.request.prompts[0])
-        if path.is_dir():
-            return lambda index: starts.spread(known, self.seed, index)
-        return known
 
     def _many(
         self,
@@ -282,7 +238,7 @@ class Seedselect:
         classes: dict[str, list[Path]],
     ) -> Callable[[], None]:
         """A folder of classes: a training folder of their references and new pictures."""
-        from jaxgen.seedselect import fewshot, references, selection
+        from jaxgen.seedselect import checks, fewshot, references
 
         template = TEMPLATE if self.prompt is None else self.prompt
         prompts = fewshot.prompts(template, classes)
@@ -295,9 +251,9 @@ class Seedselect:
             raise UserError(
                 "--start is gaussian or nao for classes; each goes on from its own seeds"
             )
-        checked = request.plan(model, self._request(prompts, most, hints))
+        checked = plan(model, self._request(prompts, most, hints))
         pictures = {name: references.read(paths, checked.size) for name, paths in classes.items()}
-        selection.check(checked, list(pictures.values()), how, judge, None, self.start)
+        checks.check(checked, list(pictures.values()), how, judge, None, self.start)
         fewer, gentle = min(AGAIN, how.iterations), GENTLE if self.rate is None else self.rate
         again = dataclasses.replace(how, iterations=fewer, learning_rate=gentle)
         settings = identity(model, checked, tensors, self.dtype)

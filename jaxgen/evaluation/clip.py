@@ -19,7 +19,9 @@ from tqdm import tqdm
 from jaxgen import config, trees
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.load import read_params
-from jaxgen.models.clip import FIXED, TextConfig, TextEncoder, VisionConfig, VisionEncoder
+from jaxgen.models.clip import TextEncoder
+from jaxgen.models.clip_config import FIXED, TextConfig, VisionConfig
+from jaxgen.models.clip_vision import VisionEncoder
 from jaxgen.models.layers import linear
 from jaxgen.parts import Part, checked
 from jaxgen.tasks.base import tokens_of

@@ -14,7 +14,7 @@ import numpy as np
 from jaxgen import config, locks
 from jaxgen.data import images
 from jaxgen.denoiser import Model
-from jaxgen.request import Plan
+from jaxgen.plan import Plan
 from jaxgen.seedselect import references, seeds, selection, starts
 from jaxgen.seedselect.judges import Judge, meaning_by
 from jaxgen.seedselect.references import References
@@ -156,7 +156,7 @@ class Dataset:
                 raise UserError(f"{where} has a line that is none of ours: {line[:60]}") from None
         return found
 
-    def fill(self, params: Params, judge: Judge, start: selection.Start) -> None:
+    def fill(self, params: Params, judge: Judge, start: starts.Start) -> None:
         """Copies the references; finds the first seed of each class, then others near those found.
 
         Args:
@@ -232,7 +232,7 @@ class Dataset:
         known: list[References],
         how: Search,
         judge: Judge,
-        start: selection.Start,
+        start: starts.Start,
         wanted: list[int],
     ) -> None:
         if not wanted:

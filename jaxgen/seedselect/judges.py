@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxgen.evaluation import clip
-from jaxgen.models.clip import VisionEncoder
+from jaxgen.models.clip_vision import VisionEncoder
 from jaxgen.refs import find
 from jaxgen.seedselect.objective import ClipDistance, Score
 from jaxgen.seedselect.search import Search

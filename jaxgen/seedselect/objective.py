@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.diffusion import shell
-from jaxgen.models.clip import VisionEncoder
+from jaxgen.models.clip_vision import VisionEncoder
 from jaxgen.tasks.contrastive import MEAN, STD
 from jaxgen.types import Array, Params
 

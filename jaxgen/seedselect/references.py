@@ -1,9 +1,9 @@
 """Reference pictures, as a search compares with them: at the model's size, encoded, averaged."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ from jaxgen.conditioning import encode_image, unit
 from jaxgen.data import images
 from jaxgen.data.folder import METADATA
 from jaxgen.denoiser import Model
-from jaxgen.seedselect.objective import ClipDistance, Score
+from jaxgen.plan import Plan
+from jaxgen.seedselect.objective import ClipDistance, Score, Targets
+from jaxgen.seedselect.search import Search
 from jaxgen.types import Array, Params, UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -127,3 +129,30 @@ def subset(count: int, wanted: int, seed: int, number: int) -> np.ndarray:
         return np.arange(count)
     draw = np.random.default_rng([seed, number, SUBSET])
     return np.sort(draw.choice(count, wanted, replace=False))
+
+
+def targets(
+    checked: Plan, known: list[References], meaning: Score, how: Search
+) -> Callable[[list[int]], tuple[Any, Array]]:
+    """A function of indices: what those seeds are compared with, for the score and in latents.
+
+    Each seed has centroids of its own, where they are made of a subset of the references.
+    """
+    count, seed, apply = checked.request.count, checked.request.seed, meaning.apply
+    centroids: list[Array] = []
+    if isinstance(apply, ClipDistance) and apply.contrast:
+        centroids = [apply.centroid(rows.embeddings) for rows in known]
+
+    def of(index: int) -> tuple[Any, Array]:
+        mine, number = divmod(index, count)
+        chosen = subset(len(known[mine].latents), how.subset, seed, number)
+        appearance = jnp.zeros(checked.latent_shape)  # without references, and without weight
+        if len(chosen):
+            appearance = known[mine].latents[chosen].mean(0)
+        if not isinstance(apply, ClipDistance):
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], meaning.rows), appearance
+        own = apply.centroid(known[mine].embeddings[chosen])
+        others = [row for i, row in enumerate(centroids) if i != mine]
+        return Targets(own, jnp.stack(others) if others else own[None][:0]), appearance
+
+    return lambda indices: jax.tree.map(lambda *rows: jnp.stack(rows), *map(of, indices))

@@ -1,9 +1,8 @@
 """From references to seeds: what `jaxgen seedselect` does, for callers of the library."""
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +13,15 @@ from tqdm import tqdm
 from jaxgen import conditioning, generate, sharding
 from jaxgen.data import images
 from jaxgen.denoiser import Model
-from jaxgen.diffusion import inversion, samplers
-from jaxgen.request import Plan
-from jaxgen.seedselect import references, search, starts
+from jaxgen.plan import Plan
+from jaxgen.seedselect import checks, references, search, starts
 from jaxgen.seedselect.judges import Judge, meaning_by
-from jaxgen.seedselect.objective import (
-    ClipDistance,
-    Given,
-    Look,
-    Objective,
-    Score,
-    Targets,
-    Weights,
-)
+from jaxgen.seedselect.objective import ClipDistance, Given, Look, Objective, Score, Weights
 from jaxgen.seedselect.references import References
 from jaxgen.seedselect.search import Program, Rule, Run, Search
+from jaxgen.seedselect.starts import Start
 from jaxgen.types import Array, Params, UserError
 
-Start = str | np.ndarray | Callable[[int], np.ndarray]
 FRAMES = 8  # at most, of the image as it improves
 
 
@@ -81,7 +71,7 @@ def select(
 
     Args:
         model, params: from `jaxgen.load`.
-        checked: of `request.plan`: prompts are classes, `count` is seeds of each.
+        checked: of `plan.plan`: prompts are classes, `count` is seeds of each.
         pictures: for each prompt its references, uint8 [H, W, 3] of any sizes (one is allowed), or
             what `encode` made of them; none where a score has all the weight.
         how: the numbers of the search.
@@ -104,7 +94,7 @@ def select(
         UserError: before anything compiles, for what does not fit.
         NothingFound: at the end, where all were left out.
     """
-    check(checked, pictures, how, judge, score, start)
+    checks.check(checked, pictures, how, judge, score, start)
     meaning = score or meaning_by(judge, how)
     mesh = mesh or generate.mesh_for(checked)
     wanted = list(range(checked.total)) if only is None else sorted(only)
@@ -137,8 +127,9 @@ class _Searching:
             else references.encode(model, self.params, rows, checked.size, self.meaning)
             for rows in pictures
         ]
-        start_of = _starts(model, params, checked, known, start, mesh)
-        targets_of = _targets(checked, known, self.meaning, self.how)
+        latents = [rows.latents for rows in known]
+        start_of = starts.of(start, model, params, checked, latents, mesh)
+        targets_of = references.targets(checked, known, self.meaning, self.how)
         program = _program(model, checked, self.meaning, self.how)
         encoded = sharding.replicate(conditioning.encode_pictures(model, params, checked), mesh)
         points = sharding.replicate(checked.grid.points, mesh)
@@ -239,116 +230,3 @@ def _program(model: Model, checked: Plan, meaning: Score, how: Search) -> Progra
             apply = replace(apply, vision=replace(apply.vision, remat=True))
     objective = Objective(apply, how.distance, how.tail_of(checked.grid.length))
     return Program(network, vae, checked.schedule.sampler, objective, how.truncate)
-
-
-def _targets(
-    checked: Plan, known: list[References], meaning: Score, how: Search
-) -> Callable[[list[int]], tuple[Any, Array]]:
-    """A function of indices: what those seeds are compared with, for the score and in latents.
-
-    Each seed has centroids of its own, where they are made of a subset of the references.
-    """
-    count, seed, apply = checked.request.count, checked.request.seed, meaning.apply
-    centroids: list[Array] = []
-    if isinstance(apply, ClipDistance) and apply.contrast:
-        centroids = [apply.centroid(rows.embeddings) for rows in known]
-
-    def of(index: int) -> tuple[Any, Array]:
-        mine, number = divmod(index, count)
-        chosen = references.subset(len(known[mine].latents), how.subset, seed, number)
-        appearance = jnp.zeros(checked.latent_shape)  # without references, and without weight
-        if len(chosen):
-            appearance = known[mine].latents[chosen].mean(0)
-        if not isinstance(apply, ClipDistance):
-            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], meaning.rows), appearance
-        own = apply.centroid(known[mine].embeddings[chosen])
-        others = [row for i, row in enumerate(centroids) if i != mine]
-        return Targets(own, jnp.stack(others) if others else own[None][:0]), appearance
-
-    return lambda indices: jax.tree.map(lambda *rows: jnp.stack(rows), *map(of, indices))
-
-
-def _starts(
-    model: Model, params: Params, checked: Plan, known: list[References], start: Start, mesh: Mesh
-) -> Callable[[int], np.ndarray] | None:
-    """Where the image of each index starts [h, w, C]; None for its own noise."""
-    if isinstance(start, np.ndarray):
-        return lambda index: start[index % len(start)]
-    if not isinstance(start, str):
-        return start
-    if start == "gaussian":
-        return None
-
-    @functools.cache
-    def between_references(prompt: int) -> Callable[[int], np.ndarray]:
-        latents = known[prompt].latents
-        seeds = starts.inverted(model, params, checked, prompt, latents, mesh)
-        return starts.norm_aware(seeds, checked.request.seed)
-
-    count = checked.request.count
-    return lambda index: between_references(index // count)(index % count)
-
-
-def check(
-    checked: Plan,
-    pictures: Sequence[Sequence[Any] | References],
-    how: Search,
-    judge: Judge | None,
-    score: Score | None,
-    start: Start,
-) -> None:
-    """UserError for what does not fit; as `select` is called."""
-    request, steps, sampler = checked.request, checked.grid.length, checked.schedule.sampler
-    if not checked.from_noise or (checked.mask.size and not checked.inpaints):
-        raise UserError("seeds are what a run starts from: this one starts from an image")
-    if samplers.SAMPLERS[sampler].stochastic or request.eta:
-        raise UserError(
-            f"{sampler} adds noise of its own at each step, and a seed is only the first; choose "
-            "ddim, dpmpp, euler, pndm or edict, and eta 0"
-        )
-    if len(pictures) != len(request.prompts):
-        raise UserError(
-            f"{len(request.prompts)} prompts have {len(pictures)} lists of references; each needs "
-            "its own"
-        )
-    inverts = isinstance(start, str) and start == "nao"
-    unread = score is not None and how.weight == 1 and not inverts
-    known = all(len(r.latents if isinstance(r, References) else r) for r in pictures)
-    if not (known or unread):
-        raise UserError(
-            "a prompt has no references; one is needed, 3 to 5 are better, and none alone where a "
-            "score has all the weight (1)"
-        )
-    if (judge is None) == (score is None):
-        raise UserError("images are judged by a judge or by a score: give one of them")
-    if how.contrast and (score is not None or len(pictures) < 2):
-        raise UserError("contrast needs a judge and other classes to tell from")
-    if score is not None:
-        for leaf in jax.tree.leaves(score.rows):
-            if len(leaf) != checked.total:
-                raise UserError(
-                    f"a leaf of the score's rows has {len(leaf)}, and there are {checked.total} "
-                    "images (prompts x count)"
-                )
-    if how.truncate > steps:
-        raise UserError(f"truncate = {how.truncate} is more than the {steps} steps; 0 is all")
-    if how.truncate and sampler == "edict":
-        raise UserError("edict needs no truncate: its memory does not grow with the steps")
-    _check_start(checked, start)
-
-
-def _check_start(checked: Plan, start: Start) -> None:
-    if isinstance(start, str):
-        if start not in ("gaussian", "nao"):
-            raise UserError(f"start {start!r} is not gaussian, nao, or noise")
-        if start == "nao":  # which networks and grids cannot be inverted
-            inversion.backwards(checked.schedule, starts.STEPS)
-    elif isinstance(start, np.ndarray) and (
-        start.dtype != np.float32
-        or start.shape[1:] != checked.latent_shape
-        or len(start) not in (1, checked.total)
-    ):
-        raise UserError(
-            f"start is {start.dtype} {list(start.shape)}, and must be float32 "
-            f"{[checked.total, *checked.latent_shape]}, or one for all"
-        )

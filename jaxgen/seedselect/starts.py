@@ -1,8 +1,11 @@
 """Where seeds start from: noise, what the references invert to, or seeds that were found before."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,11 +15,56 @@ from jaxgen import conditioning, denoiser, generate, sharding
 from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model, Network
 from jaxgen.diffusion import inversion, shell
-from jaxgen.request import Plan, plan
-from jaxgen.types import Array, Cache, Params, Point
+from jaxgen.plan import Plan, plan
+from jaxgen.seedselect.seeds import read
+from jaxgen.types import Array, Cache, Params, Point, UserError
+
+Start = str | np.ndarray | Callable[[int], np.ndarray]  # gaussian, nao; noise; or noise of an index
 
 SPREAD, NORM_AWARE = 2, 3  # tell what is drawn here from what else a seed draws
 STEPS = 50  # of the inversion, as in the released code of NAO
+
+
+def named(start: str, checked: Plan, settings: Mapping[str, Any]) -> Start:
+    """gaussian and nao by name; seeds of a file as they are; near those of a folder.
+
+    Args:
+        settings: of `output.identity`, under which seeds are to be used.
+    """
+    if start in ("gaussian", "nao"):
+        return start
+    path = Path(start)
+    if not path.exists():
+        raise UserError(f"--start {start} is neither gaussian, nao, nor a file or folder")
+    known = read(path, checked.latent_shape, settings, checked.request.prompts[0])
+    if path.is_dir():
+        return lambda index: spread(known, checked.request.seed, index)
+    return known
+
+
+def of(
+    start: Start, model: Model, params: Params, checked: Plan, latents: Sequence[Array], mesh: Mesh
+) -> Callable[[int], np.ndarray] | None:
+    """Where the image of each index starts [h, w, C]; None for its own noise.
+
+    Args:
+        start: as of `select`.
+        latents: of each prompt's references, [K, h, w, C].
+    """
+    if isinstance(start, np.ndarray):
+        return lambda index: start[index % len(start)]
+    if not isinstance(start, str):
+        return start
+    if start == "gaussian":
+        return None
+
+    @functools.cache
+    def between_references(prompt: int) -> Callable[[int], np.ndarray]:
+        seeds = inverted(model, params, checked, prompt, latents[prompt], mesh)
+        return norm_aware(seeds, checked.request.seed)
+
+    count = checked.request.count
+    return lambda index: between_references(index // count)(index % count)
 
 
 def inverted(

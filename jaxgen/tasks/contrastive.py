@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.denoiser import Model
-from jaxgen.models.clip import VisionConfig, VisionEncoder
+from jaxgen.models.clip_config import VisionConfig
+from jaxgen.models.clip_vision import VisionEncoder
 from jaxgen.models.layers import linear
 from jaxgen.tasks import base
 from jaxgen.tasks.base import Batch, Example, Metrics, Task

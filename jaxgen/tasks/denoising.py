@@ -19,7 +19,7 @@ from jaxgen.denoiser import Model
 from jaxgen.diffusion import losses
 from jaxgen.diffusion.losses import Objective
 from jaxgen.load import pipeline_of
-from jaxgen.request import read_schedule
+from jaxgen.plan import read_schedule
 from jaxgen.tasks import base
 from jaxgen.tasks.base import Batch, Example, Metrics, Task
 from jaxgen.types import Array, Inputs, Params, UserError

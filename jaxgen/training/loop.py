@@ -16,10 +16,10 @@ from jaxgen.data.pipeline import Loader
 from jaxgen.denoiser import control_names
 from jaxgen.load import read_params
 from jaxgen.parts import PARTS
-from jaxgen.training import metrics, optim, result, samples, setup, signals, together
+from jaxgen.training import agreement, metrics, optim, result, samples, setup, signals, together
 from jaxgen.training.checkpoint import Checkpoints, memory_is_full
+from jaxgen.training.placement import as_read, begin, compiled_once, resume
 from jaxgen.training.recipe import Train, fields
-from jaxgen.training.setup import compiled_once
 from jaxgen.types import Params, UserError
 
 
@@ -71,8 +71,8 @@ def finished(recipe: Train) -> bool:
     checkpoints = _checkpoints(recipe)
     at_the_end = checkpoints.latest == recipe.steps
     done = at_the_end and result.step_of(recipe.out / "model") == recipe.steps
-    setup.check_one_view(recipe, checkpoints, done)
-    past = setup.past(recipe, checkpoints)
+    agreement.check_one_view(recipe, checkpoints, done)
+    past = agreement.past(recipe, checkpoints)
     together.ready()
     return past is not None and done
 
@@ -91,7 +91,7 @@ class Run:
         self.recipe, self.record = recipe, fields(recipe)
         self.model_folder = recipe.out / "model"
         self.checkpoints = _checkpoints(recipe)
-        self.past = setup.past(recipe, self.checkpoints)
+        self.past = agreement.past(recipe, self.checkpoints)
         self.first = self.checkpoints.latest or 0
         self.mesh = sharding.training_mesh(*recipe.mesh.sizes)
         rows = setup.rows(recipe, self.mesh)
@@ -117,10 +117,10 @@ class Run:
             return params
 
         if self.past is None:
-            found = setup.begin(self.recipe, self.task, initial(), self.mesh)
+            found = begin(self.recipe, self.task, initial(), self.mesh)
         else:
             restore = partial(self.checkpoints.restore, self.first)
-            found = setup.resume(self.recipe, self.task, initial, self.mesh, restore)
+            found = resume(self.recipe, self.task, initial, self.mesh, restore)
         self.state, self.frozen, self.transform = found
 
     def _open_data(self, rows: list[int]) -> Loader:
@@ -135,9 +135,9 @@ class Run:
             rows,
             self.past.get("skipped") if self.past else None,
         )
-        setup.check_one_order(data.fingerprint())
+        agreement.check_one_order(data.fingerprint())
         if self.past:
-            setup.check_same_data(data.fingerprint(), self.past, self.checkpoints.folder)
+            agreement.check_same_data(data.fingerprint(), self.past, self.checkpoints.folder)
         return data
 
     @contextmanager
@@ -262,7 +262,7 @@ class Run:
         if jax.process_index() == 0:
             learned = trees.flatten(self.state.learned)
             try:
-                params = setup.as_read(self.recipe, self.task, self.tensors, learned, params)
+                params = as_read(self.recipe, self.task, self.tensors, learned, params)
                 batches = itertools.chain([self.rows], self.data)
                 model = self.task.finished(self.task.model, params, batches, learned)
                 names = (*PARTS, *control_names(len(model.controls)), "clip")

@@ -7,7 +7,8 @@ from typing import Any
 
 from jaxgen.types import UserError
 from jaxgen.weights.files import Tensors
-from jaxgen.weights.single_file import encoder_config, unet_names
+from jaxgen.weights.single_config import encoder_config
+from jaxgen.weights.single_names import unet_names
 from jaxgen.weights.single_scheduler import yaml_beside
 
 log = logging.getLogger(__name__)

@@ -1,24 +1,19 @@
 """Stable Diffusion 1.x and 2.x in one safetensors file, as CompVis and A1111 lay it out.
 
-Read as the parts of a diffusers folder: names are translated, values stay on disk. The file numbers
-the blocks of a network in one row where diffusers counts levels and layers, hence the arithmetic;
-how many there are is read off the names, so that models of any size pass.
+Read as the parts of a diffusers folder: names are translated, values stay on disk.
 """
 
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jaxgen.types import UserError
-from jaxgen.weights.files import Tensor, Tensors
-from jaxgen.weights.single_scheduler import predicted, scheduler_config
+from jaxgen.weights.files import Tensors
+from jaxgen.weights.single_config import text_config, unet_config, vae_config
+from jaxgen.weights.single_names import clip_names, open_clip_names, unet_names, vae_names
+from jaxgen.weights.single_scheduler import Config, predicted, scheduler_config
 
 log = logging.getLogger(__name__)
-
-Config = dict[str, Any]
-Rules = list[tuple[str, str]]  # (regular expression, replacement), applied one after the other
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -45,50 +40,6 @@ _FOREIGN = {
     r"emb_params$|string_to_param": "a textual inversion",
     r"(unet\.)?down_blocks\.|encoder\.down|text_model\.": "one part of a model",
 }
-
-_UNET: Rules = [
-    (r"^time_embed\.0\.", "time_embedding.linear_1."),
-    (r"^time_embed\.2\.", "time_embedding.linear_2."),
-    (r"^input_blocks\.0\.0\.", "conv_in."),
-    (r"^(down_blocks\.\d+)\.resnets\.\d+\.op\.", r"\1.downsamplers.0.conv."),
-    (r"^(up_blocks\.\d+)\.\w+\.\d+\.conv\.", r"\1.upsamplers.0.conv."),
-    (r"^middle_block\.0\.", "mid_block.resnets.0."),
-    (r"^middle_block\.1\.", "mid_block.attentions.0."),
-    (r"^middle_block\.2\.", "mid_block.resnets.1."),
-    (r"^out\.0\.", "conv_norm_out."),
-    (r"^out\.2\.", "conv_out."),
-    (r"\.in_layers\.0\.", ".norm1."),
-    (r"\.in_layers\.2\.", ".conv1."),
-    (r"\.emb_layers\.1\.", ".time_emb_proj."),
-    (r"\.out_layers\.0\.", ".norm2."),
-    (r"\.out_layers\.3\.", ".conv2."),
-    (r"\.skip_connection\.", ".conv_shortcut."),
-]
-
-_VAE: Rules = [
-    (r"^encoder\.down\.", "encoder.down_blocks."),
-    (r"(_blocks\.\d+)\.block\.", r"\1.resnets."),
-    (r"(_blocks\.\d+)\.(down|up)sample\.", r"\1.\2samplers.0."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
-    (r"(\.attentions\.0)\.norm\.", r"\1.group_norm."),
-    (r"(\.attentions\.0)\.([qkv])\.", r"\1.to_\2."),
-    (r"(\.attentions\.0)\.proj_out\.", r"\1.to_out.0."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"coder\.norm_out\.", "coder.conv_norm_out."),
-]
-
-_OPEN_CLIP: Rules = [
-    (r"^model\.positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-    (r"^model\.token_embedding\.", "text_model.embeddings.token_embedding."),
-    (r"^model\.ln_final\.", "text_model.final_layer_norm."),
-    (r"^model\.transformer\.resblocks\.", "text_model.encoder.layers."),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.attn\.", ".self_attn."),
-    (r"\.c_fc\.", ".fc1."),
-    (r"\.c_proj\.", ".fc2."),
-]
 
 
 def split(tensors: Tensors, where: str) -> dict[str, Tensors]:
@@ -137,9 +88,9 @@ def configs(
     parts = _parts(tensors, where)
     second = _is_second(tensors)
     try:
-        unet = _unet_config(parts["unet"], second)
-        vae = _vae_config(parts["vae"])
-        text_encoder = _text_config(parts["text_encoder"], second)
+        unet = unet_config(parts["unet"], second)
+        vae = vae_config(parts["vae"])
+        text_encoder = text_config(parts["text_encoder"], second)
     except UserError as error:
         raise UserError(f"{where} {error}") from None
 
@@ -158,8 +109,8 @@ def _is_second(tensors: Tensors) -> bool:
 
 
 def _parts(tensors: Tensors, where: str) -> dict[str, Tensors]:
-    text = _open_clip if _is_second(tensors) else _clip
-    translate = {"unet": unet_names, "vae": _vae, "text_encoder": text}
+    text = open_clip_names if _is_second(tensors) else clip_names
+    translate = {"unet": unet_names, "vae": vae_names, "text_encoder": text}
     kept = {key: tensor for key, tensor in tensors.items() if not _NOISE.fullmatch(key)}
     for pattern, what in _FOREIGN.items():
         if any(re.match(pattern, key) for key in kept):
@@ -179,154 +130,3 @@ def _parts(tensors: Tensors, where: str) -> dict[str, Tensors]:
                 raise UserError(f"{where} holds {name} {key} twice, under two names")
             parts[name][key] = tensor
     return parts
-
-
-def _rename(key: str, rules: Rules) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def _indices(part: Tensors, start: str) -> set[int]:
-    """The numbers that stand at the # in the keys that start so."""
-    pattern = re.compile(re.escape(start).replace(r"\#", r"(\d{1,3})"))
-    return {int(match[1]) for key in part if (match := pattern.match(key))}
-
-
-def unet_names(part: Tensors) -> Iterator[tuple[str, Tensor]]:
-    """A UNet's tensors, or those of its first half, under diffusers' names."""
-    # A level is a stretch of the row: its layers, then its downsampler, which the last level lacks.
-    samplers = _indices(part, "input_blocks.#.0.op.") - {0}
-    blocks = _indices(part, "input_blocks.#.")
-    stretch = min(samplers, default=max(blocks, default=0) + 1)
-    sides = {"in": "down_blocks", "out": "up_blocks"}
-    slots = {"0": "resnets", "1": "attentions", "2": "upsamplers"}
-
-    def place(match: re.Match[str]) -> str:
-        # The way down opens with conv_in; on the way up a layer stands in the downsampler's stead.
-        level, j = divmod(int(match[2]) - (match[1] == "in"), stretch)
-        return f"{sides[match[1]]}.{level}.{slots[match[3]]}.{j}."
-
-    numbered = r"^(?!input_blocks\.0\.)(in|out)put_blocks\.(\d{1,3})\.([012])\."
-    for key, tensor in part.items():
-        yield _rename(re.sub(numbered, place, key), _UNET), tensor
-
-
-def _vae(part: Tensors) -> Iterator[tuple[str, Tensor]]:
-    levels = len(_indices(part, "decoder.up.#."))
-
-    def reverse(match: re.Match[str]) -> str:  # the file numbers by resolution, diffusers by order
-        return f"decoder.up_blocks.{levels - 1 - int(match[1])}."
-
-    for key, tensor in part.items():
-        key = _rename(re.sub(r"^decoder\.up\.(\d{1,3})\.", reverse, key), _VAE)
-        if ".attentions." in key and tensor.shape[2:] == (1, 1):
-            tensor = tensor.squeezed()
-        yield key, tensor
-
-
-def _clip(part: Tensors) -> Iterator[tuple[str, Tensor]]:
-    for key, tensor in part.items():  # files of transformers' early days lack `text_model.`
-        yield re.sub(r"^transformer\.(text_model\.)?", "text_model.", key), tensor
-
-
-def _open_clip(part: Tensors) -> Iterator[tuple[str, Tensor]]:
-    # The condition is what enters the last block, so diffusers keeps 23 of the 24 of ViT-H. A file
-    # that was written from a diffusers folder holds those 23, all of them needed.
-    blocks = _indices(part, "model.transformer.resblocks.#.")
-    unused = max(blocks, default=0) if len(blocks) != 23 else 23
-
-    for key, tensor in part.items():
-        if key.startswith(f"model.transformer.resblocks.{unused}."):
-            continue
-        key = _rename(key, _OPEN_CLIP)
-        fused = re.fullmatch(r"(.+\.self_attn)\.in_proj_(weight|bias)", key)
-        if fused and tensor.shape:
-            width = tensor.shape[0] // 3
-            for i, name in enumerate("qkv"):
-                rows = tensor.rows(i * width, (i + 1) * width)
-                yield f"{fused[1]}.{name}_proj.{fused[2]}", rows
-        else:
-            yield key, tensor
-
-
-def _shape(part: Tensors, key: str, ndim: int) -> tuple[int, ...]:
-    if key not in part or len(part[key].shape) < ndim:
-        raise UserError(f"has no {key} of {ndim} axes or more; was it cut or changed?")
-    return part[key].shape
-
-
-def _widths(part: Tensors, side: str) -> list[int]:
-    """Channels of each level, noted where its first residual block ends."""
-    levels = len(_indices(part, f"{side}.#.resnets."))
-    return [_shape(part, f"{side}.{i}.resnets.0.conv2.weight", 4)[0] for i in range(max(1, levels))]
-
-
-def _unet_config(part: Tensors, second: bool) -> Config:
-    found = encoder_config(part, second)
-    kinds = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
-    return found | {
-        "_class_name": "UNet2DConditionModel",
-        "out_channels": _shape(part, "conv_out.weight", 4)[0],
-        "up_block_types": [kinds[kind] for kind in reversed(found["down_block_types"])],
-    }
-
-
-def encoder_config(part: Tensors, second: bool | None = None) -> Config:
-    """What the first half of a UNet says of itself, under diffusers' names.
-
-    Args:
-        second: whether it is of Stable Diffusion 2.x; by default, as its projections say.
-    """
-    attending = _indices(part, "down_blocks.#.attentions.")
-    first = f"down_blocks.{min(attending, default=0)}.attentions.0"
-    widths = _widths(part, "down_blocks")
-    attends = [i in attending for i in range(len(widths))]
-    linear = len(_shape(part, f"{first}.proj_in.weight", 2)) == 2
-    second = linear if second is None else second
-    return {
-        "in_channels": _shape(part, "conv_in.weight", 4)[1],
-        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        "block_out_channels": widths,
-        "layers_per_block": len(_indices(part, "down_blocks.0.resnets.#.")),
-        "cross_attention_dim": _shape(part, f"{first}.transformer_blocks.0.attn2.to_k.weight", 2)[
-            1
-        ],
-        # diffusers' name for the number of heads
-        "attention_head_dim": [max(1, width // 64) for width in widths] if second else 8,
-        "use_linear_projection": linear,
-    }
-
-
-def _vae_config(part: Tensors) -> Config:
-    widths = _widths(part, "encoder.down_blocks")
-    return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": _shape(part, "encoder.conv_in.weight", 4)[1],
-        "out_channels": _shape(part, "decoder.conv_out.weight", 4)[0],
-        "latent_channels": _shape(part, "decoder.conv_in.weight", 4)[1],
-        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
-        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-        "block_out_channels": widths,
-        "layers_per_block": len(_indices(part, "encoder.down_blocks.0.resnets.#.")),
-        "scaling_factor": 0.18215,
-    }
-
-
-def _text_config(part: Tensors, second: bool) -> Config:
-    tokens = _shape(part, "text_model.embeddings.token_embedding.weight", 2)
-    positions = _shape(part, "text_model.embeddings.position_embedding.weight", 2)
-    return {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "vocab_size": tokens[0],
-        "max_position_embeddings": positions[0],
-        "hidden_size": tokens[1],
-        "intermediate_size": _shape(part, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
-        "num_hidden_layers": len(_indices(part, "text_model.encoder.layers.#.")),
-        "num_attention_heads": max(1, tokens[1] // 64),
-        "hidden_act": "gelu" if second else "quick_gelu",
-        "layer_norm_eps": 1e-5,
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-    }

@@ -12,7 +12,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from jaxgen.models.clip import TextEncoder, VisionEncoder
+from jaxgen.models.clip import TextEncoder
+from jaxgen.models.clip_vision import VisionEncoder
 from jaxgen.trees import shapes, size
 from jaxgen.types import UserError
 from tests.torch_oracle import error, nhwc, params_of, quick_jit, randomise

@@ -9,7 +9,8 @@ import pytest
 
 from jaxgen import trees
 from jaxgen.diffusion import losses
-from jaxgen.models.clip import TextEncoder, VisionEncoder
+from jaxgen.models.clip import TextEncoder
+from jaxgen.models.clip_vision import VisionEncoder
 from jaxgen.models.unet import UNet
 from jaxgen.models.vae import VAE
 from jaxgen.types import Inputs

@@ -18,7 +18,8 @@ from jaxgen import denoiser
 from jaxgen.conditioning import Guidance
 from jaxgen.diffusion import grids, samplers
 from jaxgen.diffusion.schedule import Schedule
-from jaxgen.models.clip import VisionConfig, VisionEncoder
+from jaxgen.models.clip_config import VisionConfig
+from jaxgen.models.clip_vision import VisionEncoder
 from jaxgen.seedselect import search
 from jaxgen.seedselect.objective import ClipDistance, Given, Objective, Targets, Weights
 from jaxgen.seedselect.search import Program, Rule, Run, Search

@@ -22,7 +22,7 @@ from jaxgen.tasks.autoencoder import Autoencoder
 from jaxgen.tasks.contrastive import MEAN, STD, Contrastive
 from jaxgen.tasks.controlnet import ControlNet
 from jaxgen.tasks.denoising import Editing, Inpainting, TextToImage
-from jaxgen.training import setup
+from jaxgen.training import agreement, setup
 from jaxgen.training.recipe import Images, Train
 from jaxgen.types import UserError
 from jaxgen.weights import rename
@@ -88,10 +88,10 @@ def test_captions_are_dropped_as_the_task_asks_unless_the_data_say_otherwise(wan
 
 def test_processes_that_find_different_data_are_told(monkeypatch):
     found = {"seed": 0, "sources": [{"length": 3}]}
-    setup.check_one_order(found)  # alone
-    monkeypatch.setattr(setup.together, "other", lambda found: 2)
+    agreement.check_one_order(found)  # alone
+    monkeypatch.setattr(agreement.together, "other", lambda found: 2)
     with pytest.raises(UserError, match="processes 0 and 2 find different data"):
-        setup.check_one_order(found)
+        agreement.check_one_order(found)
 
 
 def small_autoencoder(**fields):

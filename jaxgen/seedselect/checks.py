@@ -1,0 +1,82 @@
+"""What does not fit a search, said before anything compiles."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgen.diffusion import inversion, samplers
+from jaxgen.plan import Plan
+from jaxgen.seedselect import starts
+from jaxgen.seedselect.judges import Judge
+from jaxgen.seedselect.objective import Score
+from jaxgen.seedselect.references import References
+from jaxgen.seedselect.search import Search
+from jaxgen.seedselect.starts import Start
+from jaxgen.types import UserError
+
+
+def check(
+    checked: Plan,
+    pictures: Sequence[Sequence[Any] | References],
+    how: Search,
+    judge: Judge | None,
+    score: Score | None,
+    start: Start,
+) -> None:
+    """UserError for what does not fit; as `select` is called."""
+    request, steps, sampler = checked.request, checked.grid.length, checked.schedule.sampler
+    if not checked.from_noise or (checked.mask.size and not checked.inpaints):
+        raise UserError("seeds are what a run starts from: this one starts from an image")
+    if samplers.SAMPLERS[sampler].stochastic or request.eta:
+        raise UserError(
+            f"{sampler} adds noise of its own at each step, and a seed is only the first; choose "
+            "ddim, dpmpp, euler, pndm or edict, and eta 0"
+        )
+    if len(pictures) != len(request.prompts):
+        raise UserError(
+            f"{len(request.prompts)} prompts have {len(pictures)} lists of references; each needs "
+            "its own"
+        )
+    inverts = isinstance(start, str) and start == "nao"
+    unread = score is not None and how.weight == 1 and not inverts
+    known = all(len(r.latents if isinstance(r, References) else r) for r in pictures)
+    if not (known or unread):
+        raise UserError(
+            "a prompt has no references; one is needed, 3 to 5 are better, and none alone where a "
+            "score has all the weight (1)"
+        )
+    if (judge is None) == (score is None):
+        raise UserError("images are judged by a judge or by a score: give one of them")
+    if how.contrast and (score is not None or len(pictures) < 2):
+        raise UserError("contrast needs a judge and other classes to tell from")
+    if score is not None:
+        for leaf in jax.tree.leaves(score.rows):
+            if len(leaf) != checked.total:
+                raise UserError(
+                    f"a leaf of the score's rows has {len(leaf)}, and there are {checked.total} "
+                    "images (prompts x count)"
+                )
+    if how.truncate > steps:
+        raise UserError(f"truncate = {how.truncate} is more than the {steps} steps; 0 is all")
+    if how.truncate and sampler == "edict":
+        raise UserError("edict needs no truncate: its memory does not grow with the steps")
+    _check_start(checked, start)
+
+
+def _check_start(checked: Plan, start: Start) -> None:
+    if isinstance(start, str):
+        if start not in ("gaussian", "nao"):
+            raise UserError(f"start {start!r} is not gaussian, nao, or noise")
+        if start == "nao":  # which networks and grids cannot be inverted
+            inversion.backwards(checked.schedule, starts.STEPS)
+    elif isinstance(start, np.ndarray) and (
+        start.dtype != np.float32
+        or start.shape[1:] != checked.latent_shape
+        or len(start) not in (1, checked.total)
+    ):
+        raise UserError(
+            f"start is {start.dtype} {list(start.shape)}, and must be float32 "
+            f"{[checked.total, *checked.latent_shape]}, or one for all"
+        )
