@@ -5,6 +5,7 @@ python sample/control.py mini segmentation
 """
 
 import sys
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,7 +27,13 @@ def main(folder: str, name: str) -> None:
     if name == "segmentation":  # of labels, a colour for each subject
         hints = [maps.segmentation(labels, maps.distinct(256)) for labels in hints]
 
-    asked = {"prompts": captions, "steps": 20, "guidance": 4.0, "seed": 0, "progress": True}
+    asked: dict[str, Any] = {
+        "prompts": captions,
+        "steps": 20,
+        "guidance": 4.0,
+        "seed": 0,
+        "progress": True,
+    }
     plain = [*jaxgen.sample(*jaxgen.load(folder), **asked)]
     model, params = jaxgen.load(folder, control=[name])
     made = [*jaxgen.sample(model, params, control=np.stack(hints), **asked)]
