@@ -158,9 +158,16 @@ def operations(bench: Bench) -> None:
 
 def memory(bench: Bench) -> None:
     """Temporary memory of an iteration, as compiled."""
+    import jax
+
     from jaxgen.seedselect import search
 
-    print("\n| an iteration, 64x64 latents | steps | temporary memory |\n|---|---|---|")
+    _, params, run, _ = shapes_of(64, 1, 1, False)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves((params, run.given)))
+    print(
+        f"\nUNet, VAE and CLIP are {4 * numbers / 1e9:.2f} GB, in bf16 {2 * numbers / 1e9:.2f} GB."
+    )
+    print("\n| an iteration, 64x64 latents | steps | temporary memory |\n|---|---|---|", flush=True)
     for remat, batch, steps in itertools.product(bench.remat, bench.batches, bench.steps):
         program, params, run, state = shapes_of(64, steps, batch, remat)
         lowered = search.compiled().lower(params, run, state, np.int32(1), program=program)
