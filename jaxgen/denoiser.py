@@ -72,7 +72,10 @@ def prepare(network: Network, params: Params, inputs: Inputs) -> Cache:
 
 
 def bind(network: Network, params: Params, cache: Cache) -> Denoiser:
-    """Closes the UNet over what `prepare` made: (noisy x [B, h, w, C], point) -> raw prediction."""
+    """Closes the UNet over what `prepare` made: (noisy x [B, h, w, C], point) -> raw prediction.
+
+    It has as many rows as what was prepared: B, or under guidance those of each image's conditions.
+    """
 
     def denoise(x: Array, point: Point) -> Array:
         x = point.scale * x

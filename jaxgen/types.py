@@ -45,8 +45,7 @@ class Point(NamedTuple):
 
 
 Denoiser = Callable[[Array, Point], Array]  # (noisy x, point) -> raw prediction, like x
-
-# What `guide` takes has more rows than x: those of an image under each condition, side by side.
+# (what `guide` takes has more rows than x: those of an image under each condition, side by side)
 
 
 def at_least_float32(x: Array) -> Array:
@@ -60,7 +59,7 @@ full_precision = jax.default_matmul_precision("float32")
 
 
 class Residuals(NamedTuple):
-    """What a branch adds inside a UNet."""
+    """What a branch adds inside a UNet; B as in `Inputs`."""
 
     middle: Array  # [B, h, w, C] to what the middle block makes
     skips: tuple[Array, ...]  # to each skip, first to last, or to none; all may be [B, 1, 1, C]
@@ -75,7 +74,10 @@ class Control(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What conditions a batch of denoising. Absent is empty, never None."""
+    """What conditions a batch of denoising. Absent is empty, never None.
+
+    B are the images, or under guidance each image's conditions, side by side.
+    """
 
     text: Array  # [B, T, D] token embeddings of the prompts
     concat: tuple[Array, ...] = ()  # [B, H, W, C] each: channels the UNet reads beside x

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxgen import trees
 from jaxgen.models.controlnet_config import ControlNetConfig
 from jaxgen.models.layers import Conv, EmbeddingMLP, repeat_rows, sinusoids
-from jaxgen.models.unet import added_waves, encode, keys_values
+from jaxgen.models.unet import added_waves, at_conditions, encode, keys_values
 from jaxgen.sharding import pin
 from jaxgen.types import (
     Array,
@@ -59,7 +59,7 @@ class ControlNetModule(nn.Module):
     def __call__(
         self, x: Array, time: Array, features: Array, added: tuple[Array, ...] = ()
     ) -> Residuals:
-        """[B, h, w, C] noisy, time [] or [B], features of the hint -> residuals, unscaled."""
+        """[B, h, w, C] noisy, time [] or [B], features of the hint -> residuals of R rows."""
         cfg = self.config.encoder
         width = cfg.block_out_channels[0]
         time = jnp.broadcast_to(jnp.asarray(time), x.shape[:1])
@@ -163,13 +163,13 @@ class ControlNet:
         They have as many rows as the prompts, like the prediction of `UNet.apply`.
         """
         dtype = params["conv_in"]["kernel"].dtype
-        for rows in cache["added"]:
-            x = repeat_rows(x, len(rows))
+        x, time = at_conditions(x, point.time, cache["added"])
+        features = cache["features"]
         out = ControlNetModule(self.config, self.remat).apply(
             {"params": {k: v for k, v in params.items() if k != HINT}, "cache": cache["text"]},
             x.astype(dtype),
-            point.time,
-            repeat_rows(cache["features"], len(x)),
+            time,
+            features if len(features) == 1 else repeat_rows(features, len(x)),
             cache["added"],
         )
         out = out._replace(skips=()) if self.middle_only else out

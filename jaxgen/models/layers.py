@@ -64,11 +64,13 @@ class Conv(nn.Module):
 
 
 def repeat_rows(x: Array, rows: int) -> Array:
-    """[B, ...] -> [rows, ...]: each row as often, side by side.
+    """[B, ...] -> [rows, ...]: each row equally often, its copies side by side.
 
     Under guidance an image comes once, and is as many rows as it has conditions from where the
     first condition is met.
     """
+    if rows % len(x):
+        raise ValueError(f"{rows} rows of conditions are no multiple of {len(x)} images")
     return x if len(x) == rows else jnp.repeat(x, rows // len(x), axis=0)
 
 
@@ -90,7 +92,7 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, temb: Array | None = None) -> Array:
-        """[B, H, W, C] image features, [B or less, E] time embedding -> [B, H, W, features]."""
+        """[B, H, W, C], time embedding [B, E], or fewer that divide B -> [B, H, W, features]."""
         norm = partial(GroupNorm, self.groups, self.epsilon)
         conv = partial(Conv, self.features)
 

@@ -64,7 +64,7 @@ class DownBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, temb: Array) -> list[Array]:
-        """[B, H, W, C], [B, E] -> the feature map after each step; the last continues."""
+        """[B, H, W, C], [B, E] -> the feature map after each step, of R rows from attention on."""
         cfg, level = self.config, self.level
         skips = []
         for i in range(cfg.per_level("layers_per_block")[level]):
@@ -85,7 +85,7 @@ class MidBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, temb: Array) -> Array:
-        """[B, H, W, C], [B, E] -> [B, H, W, C]."""
+        """[B, H, W, C], [B, E] -> [R, H, W, C]."""
         x = pin(_resblock(self.config, -1, "resnets.0", self.remat)(x, temb))
         x = pin(_transformer(self.config, -1, x.shape[-1], "attentions.0", self.remat)(x))
         return _resblock(self.config, -1, "resnets.1", self.remat)(x, temb)
@@ -102,7 +102,7 @@ class UpBlock(nn.Module):
     def __call__(
         self, x: Array, skips: Sequence[Array], temb: Array, size: tuple[int, int]
     ) -> Array:
-        """[B, H, W, C], skips in the order of use, [B, E] -> [B, *size, C'].
+        """[R, H, W, C], skips in the order of use, [B, E] -> [R, *size, C'].
 
         `size` is that of the skip met next: sides not divisible by a power of two come out right.
         """
@@ -154,7 +154,7 @@ class UNetModule(nn.Module):
         guidance: tuple[Array, ...] = (),
         residuals: Sequence[Residuals] = (),
     ) -> Array:
-        """[B, H, W, in_channels] noisy, time [] or [B] -> [B, H, W, out_channels].
+        """[B, H, W, in_channels] noisy, time [] or [B] -> [R, H, W, out_channels].
 
         Args:
             added: SDXL's pooled text and sizes, [B, projection_class_embeddings_input_dim].
@@ -237,21 +237,31 @@ class UNet:
         cache: Cache,
         residuals: Sequence[Residuals] = (),
     ) -> Array:
-        """The raw prediction for noisy latents [B, H, W, C], in float32 at least.
+        """The raw prediction [R, H, W, C] for noisy latents [B, H, W, C], in float32 at least.
 
-        `x` is already scaled to unit variance; `point.time` is [] or [B]. Where `cache` has R > B
-        rows, several conditions of each image side by side, so has the prediction, and what comes
-        before the first cross-attention is computed once for all of them.
+        `x` is already scaled to unit variance; `point.time` is [] or [B]. R is the rows of `cache`,
+        B or a multiple: the conditions of each image side by side. What comes before the first
+        cross-attention is computed once for all of them, unless channels or embeddings are added
+        to the image itself.
         """
         dtype = params["conv_in"]["kernel"].dtype
-        for rows in (*cache["concat"], *cache["added"], *cache["guidance"]):
-            x = repeat_rows(x, len(rows))  # these differ between conditions, from the start
+        x, time = at_conditions(
+            x, point.time, (*cache["concat"], *cache["added"], *cache["guidance"])
+        )
         x = jnp.concatenate([x, *cache["concat"]], -1).astype(dtype)
         variables = {"params": params, "cache": cache["text"]}
         out = UNetModule(self.config, self.remat).apply(
-            variables, x, point.time, cache["added"], cache["guidance"], residuals
+            variables, x, time, cache["added"], cache["guidance"], residuals
         )
         return at_least_float32(out)
+
+
+def at_conditions(x: Array, time: Array, given: Sequence[Array]) -> tuple[Array, Array]:
+    """x [B, ...] and time [] or [B], each with the rows of what the first layers are given."""
+    time = jnp.broadcast_to(jnp.asarray(time), x.shape[:1])
+    for each in given:
+        x, time = repeat_rows(x, len(each)), repeat_rows(time, len(each))
+    return x, time
 
 
 def added_waves(cfg: UNetConfig, inputs: Inputs, dtype: jnp.dtype) -> tuple[Array, ...]:

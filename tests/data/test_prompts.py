@@ -77,7 +77,7 @@ def test_hostile_prompts_take_linear_time(prompt, request):
     gc.disable()  # or a worker that holds a million objects of other tests walks them all, often
     start = time.process_time()
     texts = prompts.parse(prompt)
-    assert time.process_time() - start < 10  # seconds; quadratic time takes minutes
+    assert time.process_time() - start < 3  # seconds; quadratic time takes minutes
     assert all(math.isfinite(weight) for _, weight in texts)
 
 

@@ -150,8 +150,16 @@ def test_an_image_under_several_conditions_is_those_rows_side_by_side(kind):
         added if cfg.addition_embed_type else (),
         (scale,) if cfg.time_cond_proj_dim else (),
     )
-    expected = run(unet, params, np.repeat(x, 3, axis=0), time, inputs)
-    assert error(run(unet, params, x, time, inputs), expected) < TOLERANCE
+    times = np.array([time, 20.5], np.float32)
+    expected = run(unet, params, *(np.repeat(a, 3, axis=0) for a in (x, times)), inputs)
+    assert error(run(unet, params, x, times, inputs), expected) < TOLERANCE
+
+
+def test_conditions_that_do_not_fit_the_images_are_refused():
+    _, unet, params = pair()
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=f"{rows} rows of conditions are no multiple of 2"):
+            run(unet, params, nhwc(noise(2, 4, 4, 4)), 5.0, Inputs(noise(rows, 5, 12).numpy()))
 
 
 def test_what_comes_before_the_first_condition_runs_once():
