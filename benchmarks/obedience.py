@@ -1,6 +1,6 @@
-"""Whether the embedded model's ControlNets are followed: the table of their cards.
+"""Whether the embedded model's ControlNets are followed.
 
-    python benchmarks/obedience.py      # once the two ship; until then:
+    python benchmarks/obedience.py
     python benchmarks/obedience.py --controls edges=runs/mini_edges/model
     python benchmarks/obedience.py --controls edges --count 100 --curve runs/mini_edges
 

@@ -20,7 +20,8 @@ COUNT = 6
 
 
 def main(folder: str, name: str) -> None:
-    scenes = EmojiScenes("emoji_scenes:test", columns=(COLUMN[name],))  # which no training sees
+    # Of a split that no training sees.
+    scenes = EmojiScenes("emoji_scenes:test", columns=(COLUMN[name],))
     examples = [scenes.read(i) for i in range(COUNT)]
     captions = [example["caption"] for example in examples]
     hints = [example[COLUMN[name]] for example in examples]

@@ -111,11 +111,13 @@ def _lcm_rows(run: Run) -> Rows:
     schedule, steps, whole = run.schedule, run.steps, run.schedule.original_inference_steps
     count = int(whole * run.share)  # as diffusers counts
     if steps > count:
-        cause = f"strength {run.share} leaves {count} of" if run.share < 1 else "there are"
+        cause, way = f"it was distilled for {whole} timesteps", "take fewer"
+        if run.share < 1:
+            cause += f", of which strength {run.share} leaves {count}"
+            way += ", or more strength"
         raise UserError(
-            f"{steps} steps are too many for this latent consistency model: {cause} the {whole} "
-            "timesteps that it was distilled for (original_inference_steps); take fewer"
-            f"{', or more strength' * (run.share < 1)}"
+            f"{steps} steps are too many for this latent consistency model: {cause} "
+            f"(original_inference_steps); {way}"
         )
 
     stride = schedule.num_train_timesteps // whole
