@@ -113,7 +113,9 @@ def _lcm_rows(run: Run) -> Rows:
     if steps > count:
         cause, way = f"it was distilled for {whole} timesteps", "take fewer"
         if run.share < 1:
-            cause += f", of which strength {run.share} leaves {count}"
+            cause = (
+                f"strength {run.share} leaves {count} of the {whole} timesteps of its distillation"
+            )
             way += ", or more strength"
         raise UserError(
             f"{steps} steps are too many for this latent consistency model: {cause} "
