@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxgen.diffusion import shell
 from jaxgen.models.clip_vision import VisionEncoder
+from jaxgen.seedselect.along import along
 from jaxgen.tasks.contrastive import MEAN, STD
 from jaxgen.types import Array, Params
 
@@ -153,13 +154,9 @@ class Objective:
     ) -> Look:
         """What B seeds [B, h, w, C] cost, from the latents [k, B, h, w, C] of their last steps.
 
-        Images are decoded and scored one step after the other, and decoded again for the gradient.
+        Images are decoded and scored one step after the other, with the slopes of each at once.
         """
-
-        @jax.checkpoint
-        def scored(x: Array) -> Array:
-            return self.score(given.params, given.rows, decode(x))
-
+        scored = along(lambda x: self.score(given.params, given.rows, decode(x)))
         scores = jax.lax.map(scored, latents)
         meaning = jnp.einsum("k,kb->b", jnp.asarray(self.tail, scores.dtype), scores)
         square = ((latents[-1] - given.appearance) ** 2).mean((1, 2, 3))
