@@ -107,9 +107,14 @@ def test_a_seed_is_found_and_replayed(here, capsys):
 
 
 def test_norm_aware_starts_and_edict(here):
-    select("an owl", *OPTIONS, "--start", "nao", "--count", "2")
+    few = ("--steps", "3", "--iterations", "2", "--guidance", "2", "--batch", "2")  # two devices
+    rare = ("--distance", "euclidean", "--subset", "2", "--truncate", "2", "--remat")
+    select("an owl", *few, "--start", "nao", "--count", "2", *rare)
     nao = np.load("out/seed.npz")["noise"].reshape(2, -1)
     assert np.abs(nao[0] - nao[1]).max() > 0
+    same = ("--steps", "3", "--guidance", "2", "--sampler", "ddim", "--model", "tiny")
+    run("sample", "an owl", *same, "--latents", "out/seeds/00001.npz", "--out", "nao")
+    assert np.abs(pixels("nao/00000.png") - pixels("out/00001.png")).max() <= 1
     select("an owl", *OPTIONS, "--sampler", "edict", out="edict")
     same = ("--steps", "3", "--guidance", "2", "--sampler", "edict", "--model", "tiny")
     run("sample", "an owl", *same, "--latents", "edict/seed.npz", "--out", "again")

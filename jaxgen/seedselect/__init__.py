@@ -1,8 +1,9 @@
 """SeedSelect: the noise that shows a rare thing, by the gradient through the whole sampler.
 
-`select` is the whole of it; the other rooms are its parts: what is minimised (`objective`), how
-(`search`), from where (`starts`), with what (`references`), by whom (`judges`), what does not fit
-(`checks`), and what is written (`seeds`, `folder`, and `fewshot` for a folder of classes).
+`select` is the whole of it; the other rooms are its parts: what is minimised (`objective` and
+`slopes`), how (`search`), from where (`starts`), with what (`references`), by whom (`judges`), what
+does not fit (`checks`), and what is written (`seeds`, `folder`, and `fewshot` for a folder of
+classes).
 """
 
 from jaxgen.seedselect.judges import Judge, open_judge

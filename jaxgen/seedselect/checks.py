@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.diffusion import inversion, samplers
@@ -58,11 +59,28 @@ def check(
                     f"a leaf of the score's rows has {len(leaf)}, and there are {checked.total} "
                     "images (prompts x count)"
                 )
+        _check_score(checked, score)
     if how.truncate > steps:
         raise UserError(f"truncate = {how.truncate} is more than the {steps} steps; 0 is all")
     if how.truncate and sampler == "edict":
         raise UserError("edict needs no truncate: its memory does not grow with the steps")
     _check_start(checked, start)
+
+
+def _check_score(checked: Plan, score: Score) -> None:
+    """Traced for two images, since a sum over them or a whole number would go on without a word."""
+    shape = lambda *sides, like=np.float32: jax.ShapeDtypeStruct(sides, like)  # noqa: E731
+    rows = jax.tree.map(lambda x: shape(2, *np.shape(x)[1:], like=x.dtype), score.rows)
+    width, height = checked.size
+    given = jax.eval_shape(score.apply, score.params, rows, shape(2, height, width, 3))
+    leaves = jax.tree.leaves(given)
+    right = leaves == [given] and given.shape == (2,)
+    if not right or not jnp.issubdtype(given.dtype, jnp.floating):
+        found = ", ".join(f"{leaf.dtype} {list(leaf.shape)}" for leaf in leaves) or "nothing"
+        raise UserError(
+            f"a score gives {found} for 2 images, and must give a float for each, [2]; the mean of "
+            "each, for example, is images.mean((1, 2, 3))"
+        )
 
 
 def _check_start(checked: Plan, start: Start) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxgen.diffusion import shell
 from jaxgen.models.clip_vision import VisionEncoder
-from jaxgen.seedselect.along import along
+from jaxgen.seedselect.slopes import with_slopes
 from jaxgen.tasks.contrastive import MEAN, STD
 from jaxgen.types import Array, Params
 
@@ -148,7 +148,8 @@ class Objective:
         self,
         seeds: Array,
         latents: Array,
-        decode: Callable[[Array], Array],
+        decode: Callable[[Params, Array], Array],
+        decoder: Params,
         weights: "Weights",
         given: "Given",
     ) -> Look:
@@ -156,8 +157,13 @@ class Objective:
 
         Images are decoded and scored one step after the other, with the slopes of each at once.
         """
-        scored = along(lambda x: self.score(given.params, given.rows, decode(x)))
-        scores = jax.lax.map(scored, latents)
+
+        @with_slopes
+        def scored(x: Array, held: tuple[Params, Given]) -> Array:
+            decoder, given = held
+            return self.score(given.params, given.rows, decode(decoder, x))
+
+        scores = jax.lax.map(lambda x: scored(x, (decoder, given)), latents)
         meaning = jnp.einsum("k,kb->b", jnp.asarray(self.tail, scores.dtype), scores)
         square = ((latents[-1] - given.appearance) ** 2).mean((1, 2, 3))
         appearance = square if self.distance == "cosine" else root_mean(square)

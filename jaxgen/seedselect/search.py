@@ -220,8 +220,8 @@ def gradient(
 
     def total(seeds: Array) -> tuple[Array, tuple[Look, Array]]:
         latents = last_latents(params, run, seeds, program=program)
-        decode = partial(program.vae.decode, params["vae"])
-        look = program.objective(seeds, latents, decode, run.weights, run.given)
+        decode, decoder = program.vae.decode, params["vae"]
+        look = program.objective(seeds, latents, decode, decoder, run.weights, run.given)
         return look.loss.sum(), (look, latents[-1])
 
     (_, found), slopes = jax.value_and_grad(total, has_aux=True)(seeds)
