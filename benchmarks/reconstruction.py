@@ -6,6 +6,7 @@ PSNR and SSIM of scenes of emoji_scenes' test split, and of subjects that no tra
 to the mean of the posterior and decoded. Prints Markdown.
 """
 
+import sys
 from dataclasses import dataclass
 
 import jax
@@ -18,7 +19,7 @@ from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 from jaxgen.denoiser import Model
 from jaxgen.evaluation import report
 from jaxgen.evaluation.fidelity import psnr, ssim
-from jaxgen.types import Params
+from jaxgen.types import Params, UserError
 
 BATCH = 50
 
@@ -60,4 +61,8 @@ def main(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Bench, description=__doc__))
+    try:
+        main(tyro.cli(Bench, description=__doc__))
+    except UserError as error:
+        print(f"reconstruction: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -15,6 +15,7 @@ import tyro
 
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 from jaxgen.evaluation.clip import open_clip, retrieval
+from jaxgen.types import UserError
 
 AMONG = 100
 
@@ -48,4 +49,8 @@ def main(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Bench, description=__doc__))
+    try:
+        main(tyro.cli(Bench, description=__doc__))
+    except UserError as error:
+        print(f"retrieval: {error}", file=sys.stderr)
+        sys.exit(2)

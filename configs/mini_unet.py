@@ -7,12 +7,13 @@ without `--task.model`, the embedded one. The text encoder learns on, since tell
 left from right is little use to a contrast of captions. The loss is of v, unweighted: what a scene
 shows, and where, is decided while noise prevails, to which Min-SNR weights would give little. The
 rate is constant and the average long, so that a run can go on for as long as there is time
-(`--steps`); Muon learns this in fewer steps than AdamW. What ships ended with a stretch from the
-average that its run left, while the rate fell to 0:
+(`--steps`); Muon learns this in fewer steps than AdamW. What ships ended with stretches from cached
+latents, each from the average that the one before left, while the rate fell to 0; the last of them:
 
-    jaxgen train configs/mini_unet.py --task.fresh --task.model runs/mini_unet/model \\
-        --optimizer.schedule linear --optimizer.warmup 20 --ema.decay 0.995 \\
-        --steps 1100 --out runs/last
+    jaxgen cache configs/mini_unet.py --task.model mini --out latents
+    jaxgen train configs/mini_unet.py --task.fresh --task.model mini --data.source latents \\
+        --seed 11 --optimizer.schedule linear --optimizer.warmup 20 --ema.decay 0.995 \\
+        --steps 2000 --out runs/last
 
 Numbers are the project's own.
 """

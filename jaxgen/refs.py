@@ -51,7 +51,7 @@ def _fetched(ref: str, path: Path, what: str, variant: str = "") -> Path:
         return hub.fetch(ref, variant, hub.MODEL if what == "model" else hub.PART)
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     if what == "ControlNet" and ref == path.name and CONTROLS.is_dir():
-        beside += [p.name for p in CONTROLS.iterdir()]
+        beside += [p.name for p in CONTROLS.iterdir() if p.is_dir()]
     close = difflib.get_close_matches(path.name, beside, 1)
     hint = f"; did you mean {path.parent / close[0]}?" if close else ""
     raise UserError(f"no {what} folder or file {path}{hint}")

@@ -75,7 +75,7 @@ def main(options: Options) -> None:
             save(model, jax.tree.map(halve, params), new)
             halve_clip(options.clip or kept(options, "clip"), new / "clip")
             open_model(new), open_clip(new / "clip")
-            for name in ("README.md", "LICENSE"):
+            for name in ("README.md", "LICENSE.artwork"):
                 shutil.copy(kept(options, name), new / name)
             replaced = out.exists()
             if replaced:
