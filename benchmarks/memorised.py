@@ -6,7 +6,8 @@
 The same is asked of the real scenes of the test split whose captions were the prompts, and which
 cannot be copies: what is as far from the training scenes as they are is no copy either. All 100,000
 training scenes are drawn and compared; a distance is the root mean square over pixels and channels,
-in levels of 255. Writes a picture of the nearest pairs of both. Two minutes on two cores. Prints Markdown.
+in levels of 255. Writes a picture of the nearest pairs of both. Two minutes on two cores. Prints
+Markdown.
 """
 
 import sys
