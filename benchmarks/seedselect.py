@@ -9,7 +9,7 @@ ViT-L/14, and the gradient back to the seed. Memory is the compiler's temporary 
 weights, in float32 on a CPU. Operations are counted from the program with trip counts, as it runs
 on a CPU and with every product done, in forward passes of the UNet. The step is timed against the
 same loss in PyTorch diffusers, which checkpoints each call of the UNet as the released SeedSelect
-does, and decoded images too, or not, in less time and more memory; at reduced size (see --side).
+does, and decoded images too, or not, which is less work; at reduced size (see --side).
 Needs the `test` extra. Prints Markdown for benchmarks/README.md.
 """
 
