@@ -59,8 +59,8 @@ def nearest(pictures: np.ndarray, train: EmojiScenes, count: int) -> tuple[np.nd
     ours, best = rows(pictures), np.full(len(pictures), np.inf)
     which = np.zeros(len(pictures), np.int64)
     with ThreadPoolExecutor(2) as pool:
-        for start in tqdm(range(0, min(count, len(train)), AT_ONCE), unit="thousand"):
-            stop = min(start + AT_ONCE, count, len(train))
+        for start in tqdm(range(0, count, AT_ONCE), unit="thousand"):
+            stop = min(start + AT_ONCE, count)
             images = np.stack([*pool.map(lambda i: train.read(i)["image"], range(start, stop))])
             found = np.asarray(squares(ours, rows(images)))
             at = found.argmin(1)
@@ -100,6 +100,10 @@ def main(bench: Bench) -> None:
     if bench.count < PAIRS:
         raise UserError(f"count {bench.count} is not from {PAIRS}, the pairs that are shown")
     train = EmojiScenes("emoji_scenes")
+    if not 0 < bench.scenes <= len(train):
+        raise UserError(f"scenes {bench.scenes} is not from 1 to {len(train)}")
+    if bench.pairs.suffix != ".png" or not bench.pairs.absolute().parent.is_dir():
+        raise UserError(f"--pairs {bench.pairs} is no .png in a folder that is there")
     pictures = np.stack([picture for some in both(bench) for picture in some])
     distances, which = nearest(pictures, train, bench.scenes)
     print(f"{bench.count} samples, {bench.count} test scenes, {bench.scenes} training scenes\n")

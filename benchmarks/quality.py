@@ -51,7 +51,6 @@ class Bench:
 
 def sampled(bench: Bench, captions: list[str], out: Path) -> Path:
     """The captions as prompts, one picture each from noise of its own, in a new folder."""
-    check_new(out)  # samples would be added to those of another model
     out.mkdir(parents=True, exist_ok=True)
     prompts = out / "prompts.txt"
     prompts.write_text("\n".join(captions) + "\n", "utf-8")
@@ -62,7 +61,8 @@ def sampled(bench: Bench, captions: list[str], out: Path) -> Path:
     command += ["--steps", str(bench.steps), "--out", str(out)]
     command += ["--model", bench.model] if bench.model else []
     command += ["--guidance", str(bench.guidance), "--batch", str(bench.batch)]
-    subprocess.run(command, check=True)
+    if code := subprocess.run(command).returncode:
+        sys.exit(code)  # it has said why
     return out
 
 
@@ -74,6 +74,8 @@ def chance(judges: Judges, images: list[np.ndarray], captions: list[str]) -> Rep
 
 
 def main(bench: Bench) -> None:
+    for split in bench.splits if bench.out else ():
+        check_new(bench.out / split)  # samples would be added to those of another model
     judges = Judges.read(EMBEDDED_CLIP, bench.inception)
     for split in bench.splits:
         scenes = EmojiScenes(f"emoji_scenes:{split}")

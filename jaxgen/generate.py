@@ -233,9 +233,17 @@ def finish(model: Model, params: Params, latents: Array, output: str) -> np.ndar
     else:
         images = np.asarray(program(latents))
     if not np.isfinite(images).all():
-        half = any(a.dtype.itemsize == 2 for a in jax.tree.leaves(params["vae"]))
-        raise UserError("the model's output is not finite" + "; try dtype f32" * half)
+        raise UserError(_not_finite(params))
     return images if output == "float" else to_uint8(images)
+
+
+def _not_finite(params: Params) -> str:
+    """Where the fault lies: in the weights of a part, or in what was computed with them."""
+    for name, part in params.items():
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(part)):
+            return f"the weights of the model's {name} are not all finite: they are damaged"
+    half = any(leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(params["vae"]))
+    return "the model's output is not finite" + "; try dtype f32" * half
 
 
 @partial(jax.jit, static_argnames="vae")

@@ -1,6 +1,7 @@
 """What benchmarks print, and refuse."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +51,27 @@ def test_samples_are_compared_with_the_scenes_of_their_prompts_alone(tmp_path):
 def test_prompts_and_what_they_are_compared_with_do_not_overlap():
     with pytest.raises(UserError, match="count 5001 is over 5000"):
         quality.main(quality.Bench(count=5001))
+
+
+@pytest.mark.slow
+def test_the_models_table_is_printed(tmp_path, capsys):
+    bench = quality.Bench(count=4, steps=2, batch=4, splits=("test",), out=tmp_path)
+    quality.main(bench)
+    said = capsys.readouterr().out
+    assert "test: 4 prompts, 2 steps, guidance 4.0" in said
+    assert "| | asked | samples | real scenes | chance |" in said
+    with pytest.raises(UserError, match="exists already; name a new or empty folder"):
+        quality.main(bench)
+    with pytest.raises(SystemExit) as stop:
+        quality.main(quality.Bench(model="nowhere", count=4, splits=("test",)))
+    assert stop.value.code == 2
+
+
+def test_what_cannot_be_compared_or_written_is_said_first(tmp_path):
+    bench = folder_of(tmp_path, ["a"] * 8)
+    for fields in ({"scenes": 0}, {"scenes": 100_001}, {"pairs": tmp_path / "none" / "a.png"}):
+        with pytest.raises(UserError, match=next(iter(fields))):
+            memorised.main(replace(bench, **fields))
 
 
 def test_chance_is_of_each_others_captions(monkeypatch):

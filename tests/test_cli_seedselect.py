@@ -122,7 +122,7 @@ def test_norm_aware_starts_and_edict(here):
 
 
 def test_classes_become_a_training_folder_that_goes_on(here, capsys):
-    few = partial(select, "a {}, small", *OPTIONS, images="classes")
+    few = partial(select, "a {}, small", *OPTIONS, "--contrast", "0.1", images="classes")
     few("--count", "5")
     assert "10 pictures of 2 classes are in out" in capsys.readouterr().out
     lines = Path("out/metadata.jsonl").read_text().splitlines()
@@ -277,5 +277,5 @@ def test_bad_input_is_one_line(here, capsys, arguments, words):
 def test_a_single_reference_is_allowed_and_said(here, capsys):
     Path("one").mkdir()
     shutil.copy("classes/owl/0.png", "one/only.png")
-    select("an owl", *OPTIONS, images="one")
+    select("an owl", *OPTIONS, "--dtype", "bf16", images="one")
     assert "one holds a single picture" in capsys.readouterr().err

@@ -156,13 +156,29 @@ def test_the_demo_samples_its_prompts(tmp_path, monkeypatch, capsys):
     assert f'$ jaxgen sample "{demo.PROMPTS[0]}"' in capsys.readouterr().out
 
 
-def test_damaged_weights_are_named(tmp_path, monkeypatch, capsys):
+def cut(content):
+    return content[:-1000]
+
+
+def hole(content):
+    middle = len(content) // 2
+    return content[:middle] + b"\xff" * 4096 + content[middle + 4096 :]
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "named"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", cut, "diffusion_pytorch_model.safetensors"),
+        ("unet/diffusion_pytorch_model.safetensors", hole, "weights of the model's unet"),
+        ("tokenizer/merges.txt", cut, "tokenizer/merges.txt is damaged"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, monkeypatch, capsys, file, damage, named):
     shutil.copytree(EMBEDDED, tmp_path / "mini")
-    path = tmp_path / "mini" / "unet" / "diffusion_pytorch_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
+    path = tmp_path / "mini" / file
+    path.write_bytes(damage(path.read_bytes()))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["sample", PROMPT, "--model", "mini"])
+        cli.main(["sample", PROMPT, "--model", "mini", "--steps", "2"])
     assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "diffusion_pytorch_model.safetensors" in line
+    assert named in capsys.readouterr().err.strip().splitlines()[-1]

@@ -48,11 +48,15 @@ def test_a_model_is_put_together_in_half_precision_with_what_ships_around_it(tmp
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["mini"]  # nothing else is left
 
 
-def test_what_is_replaced_keeps_its_card(tmp_path):
-    options = ship_mini.Options(EMBEDDED, out=tmp_path)
-    assert ship_mini.kept(options, "README.md") == EMBEDDED / "README.md"
-    (tmp_path / "README.md").write_text("mine")
-    assert ship_mini.kept(options, "README.md") == tmp_path / "README.md"
+def test_what_is_replaced_keeps_its_card_and_what_is_new_has_no_figures(tmp_path):
+    options = ship_mini.Options(EMBEDDED, out=tmp_path / "mine")
+    ship_mini.main(options)
+    card = tmp_path / "mine" / "README.md"
+    assert f"from {EMBEDDED}" in card.read_text()
+    assert "%" not in card.read_text()
+    card.write_text("my words")
+    ship_mini.main(options)
+    assert card.read_text() == "my words"
 
 
 def test_a_folder_that_is_no_model_is_not_replaced(tmp_path):
@@ -98,6 +102,13 @@ def test_a_judge_takes_the_place_of_the_one_that_is_there_and_its_card_stays(tmp
     assert now[Path("README.md")] == there[Path("README.md")]
     again = judge.read(tmp_path / "judge")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3), again, params)
+
+
+@pytest.mark.slow
+def test_a_judge_is_made_and_read(tmp_path):
+    judging.main(judging.Options(tmp_path / "judge", steps=2, batch=4))
+    made, ours = judge.read(tmp_path / "judge"), judge.read()
+    assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, ours)
 
 
 def test_merges_are_those_of_the_paper():

@@ -3,8 +3,8 @@
     python train/ship_mini.py runs/mini_unet/model --clip runs/mini_clip/model/clip
 
 All of it or nothing: it is whole, and read once, before it takes the place of what ships, or of
-`--out`. Without `--clip` the one that is there stays; what is not there, the card and the licence
-among it, comes from the embedded model.
+`--out`. Without `--clip` the one that is there stays, or else comes from the embedded model, as
+does the artwork's licence. A card that is there stays; a new one says how the model was made.
 """
 
 import shutil
@@ -25,6 +25,10 @@ from jaxgen.save import check_new
 from jaxgen.types import UserError
 from jaxgen.weights import files
 
+CARD = """Made by train/ship_mini.py from {model}, of the data of `emoji_scenes`, whose artwork is
+under the licence beside this file. Figures: `python benchmarks/quality.py --model` and this folder.
+"""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -35,7 +39,7 @@ class Options:
     clip: Path | None = None
     """The CLIP folder of a run of configs/mini_clip.py."""
     out: Path = EMBEDDED
-    """A folder that is replaced; its card and licence stay."""
+    """A folder, new or one that is replaced; its card and licence stay."""
 
 
 def halve(array: jax.Array | np.ndarray) -> np.ndarray:
@@ -75,8 +79,10 @@ def main(options: Options) -> None:
             save(model, jax.tree.map(halve, params), new)
             halve_clip(options.clip or kept(options, "clip"), new / "clip")
             open_model(new), open_clip(new / "clip")
-            for name in ("README.md", "LICENSE.artwork"):
-                shutil.copy(kept(options, name), new / name)
+            shutil.copy(kept(options, "LICENSE.artwork"), new / "LICENSE.artwork")
+            card = out / "README.md"
+            text = card.read_text("utf-8") if card.is_file() else CARD.format(model=options.model)
+            (new / "README.md").write_text(text, "utf-8")
             replaced = out.exists()
             if replaced:
                 out.rename(old)

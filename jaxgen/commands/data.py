@@ -20,8 +20,9 @@ class Data:
     jaxgen data emoji_scenes --subject owl --count 5 --out owls     # for jaxgen seedselect
 
     Beside the pictures and metadata.jsonl, with captions, boxes and their phrases, it holds PNG
-    files of masks, segmentations, edges and line art. `--data.source emoji_scenes` or
-    `emoji_scenes:test` trains on the same scenes without writing any.
+    files of masks, segmentations, edges and line art. The embedded model's ControlNet `edges`
+    follows the line art, in `lines`; edges show what lies in the background, too. `--data.source
+    emoji_scenes` or `emoji_scenes:test` trains on the same scenes without writing any.
     """
 
     name: Positional[str]

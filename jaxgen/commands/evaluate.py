@@ -51,8 +51,8 @@ class Evaluate:
     inception: Path | None = None
     """InceptionV3 in safetensors, as train/port_inception.py makes it."""
     against: str | None = None
-    """Real pictures to compare with; the last of them, as many as are evaluated. With --inception,
-    emoji_scenes:validation by default."""
+    """Real pictures to compare with: the last of them, as many as are evaluated, or all where there
+    are fewer. With --inception, emoji_scenes:validation by default."""
 
     def run(self) -> None:
         """Reads the judges, then the pictures; prints."""
@@ -65,8 +65,6 @@ class Evaluate:
             self.json.is_dir() or not self.json.absolute().parent.is_dir()
         ):
             raise UserError(f"--json {self.json} is no place for a file")
-        if against in self.sources:
-            raise UserError(f"--against {against} would compare pictures with themselves")
         terminal.use_compile_cache()
         with terminal.notices_after():
             judges = report.Judges.read(self.clip, self.inception)
@@ -79,14 +77,21 @@ class Evaluate:
         """One source, and as many real pictures as it has."""
         from jaxgen.evaluation import report
 
-        images, captions = report.read_all(report.open_pictures(ref), self.count, progress=True)
+        source = report.open_pictures(ref)
+        count = len(source) if self.count is None else self.count
         real: list[np.ndarray] = []
-        if against is not None and len(images) < 2:
-            raise UserError(f"{ref} is a single picture; --against needs two or more")
         if against is not None:
+            if count < 2:
+                raise UserError(f"{ref} is a single picture; --against needs two or more")
             others = report.open_pictures(against)
-            most = min(len(images), len(others))
+            most = min(count, len(others))
+            if _same(ref, against) and count + most > len(others):
+                raise UserError(
+                    f"{ref} would be compared with itself: name other pictures (--against), or at "
+                    f"most half of its {len(others)} (--count)"
+                )
             real, _ = report.read_all(others, most, last=True, progress=True)
+        images, captions = report.read_all(source, self.count, progress=True)
         return report.evaluate(judges, images, captions, real, progress=True)
 
     def _record(self, found: "dict[str, Report]", against: str | None) -> dict[str, Any]:
@@ -105,3 +110,11 @@ class Evaluate:
             for ref, each in found.items()
         }
         return record
+
+
+def _same(ref: str, other: str) -> bool:
+    """Whether two names are of the same pictures: of one folder, or of one split."""
+    if Path(ref).exists() and Path(other).exists():
+        return Path(ref).resolve() == Path(other).resolve()
+    whole = (name + ":train" if name == "emoji_scenes" else name for name in (ref, other))
+    return len({*whole}) == 1

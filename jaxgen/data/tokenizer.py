@@ -162,6 +162,11 @@ def _from_parts(folder: Path, files: Mapping[str, bytes], unknown: str) -> Backe
         raise UserError(f"{folder / 'vocab.json'} has ids that are not whole numbers from 0")
     if len(set(vocabulary.values())) < len(vocabulary):
         raise UserError(f"{folder / 'vocab.json'} gives one id to several tokens")
+    if unmade := _unmade(vocabulary, merges):
+        raise UserError(
+            f"{folder / 'merges.txt'} is damaged or another vocabulary's: none of its merges makes "
+            f"{len(unmade)} tokens of vocab.json, {unmade[0]!r} among them"
+        )
     try:
         bpe = models.BPE(vocabulary, merges, unk_token=unknown, end_of_word_suffix="</w>")
     except Exception as error:  # a merge whose parts or whole the vocabulary lacks
@@ -177,6 +182,13 @@ def _from_parts(folder: Path, files: Mapping[str, bytes], unknown: str) -> Backe
         ]
     )
     return backend
+
+
+def _unmade(vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> list[str]:
+    """Tokens of several symbols that no merge makes, but for specials, which stand in <angles>."""
+    made = {a + b for a, b in merges}
+    longer = (t for t in vocabulary if len(t.removesuffix("</w>")) > 1)
+    return [t for t in longer if t not in made and not (t[0] == "<" and t[-1] == ">")]
 
 
 def _merges(path: Path, content: bytes) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -199,9 +200,10 @@ BAD = {
     "too many": (["emoji_scenes:held", "--count", "3001"], "count 3001 is not from 1 to 3000"),
     "nothing": ([], "there is nothing to evaluate"),
     "itself": (
-        ["emoji_scenes:test", "--inception", "x", "--against", "emoji_scenes:test"],
-        "compare pictures with themselves",
+        ["emoji_scenes", "--count", "60000", "--against", "emoji_scenes:train"],
+        "emoji_scenes would be compared with itself: name other pictures (--against), or at most",
     ),
+    "its own folder": (["here", "--against", "./here/"], "here would be compared with itself"),
     "no split": (["emoji_scenes:none"], "its splits are train"),
     "no place": (
         ["emoji_scenes:test", "--json", "none/x.json"],
@@ -218,6 +220,9 @@ BAD = {
 @pytest.mark.parametrize(("arguments", "said"), BAD.values(), ids=BAD)
 def test_bad_input_is_one_line(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    line = json.dumps({"file_name": "a.png", "text": "b"}) + "\n"
+    Path("here/samples.jsonl").write_text(2 * line)
     with pytest.raises(SystemExit) as stop:
         evaluate(*arguments)
     assert stop.value.code == 2
