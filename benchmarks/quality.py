@@ -74,8 +74,9 @@ def chance(judges: Judges, images: list[np.ndarray], captions: list[str]) -> Rep
 
 
 def main(bench: Bench) -> None:
-    for split in bench.splits if bench.out else ():
-        check_new(bench.out / split)  # samples would be added to those of another model
+    if bench.out is not None:
+        for split in bench.splits:  # samples would be added to those of another model
+            check_new(bench.out / split)
     judges = Judges.read(EMBEDDED_CLIP, bench.inception)
     for split in bench.splits:
         scenes = EmojiScenes(f"emoji_scenes:{split}")
