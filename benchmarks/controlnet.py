@@ -13,6 +13,7 @@ GB of memory. Prints Markdown for benchmarks/README.md.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -75,11 +76,14 @@ def recipe_of(bench: Bench, control: bool) -> Any:
     return Train(task, Images(), AdamW(RATE), batch_size=bench.batch)
 
 
-def rows_of(task: Any, batch: int) -> dict[str, np.ndarray]:
-    """Examples whose latents and text were computed before, and their hints."""
+def rows_of(task: Any, batch: int, pictures: bool = False) -> dict[str, np.ndarray]:
+    """Examples and their hints; pictures and tokens, or what was computed of them before."""
     side = SIDE * task.model.factor
     hint = np.random.default_rng(1).integers(0, 256, (batch, side, side, 3), np.uint8)
-    return cached_rows(batch, task.model.unet.config) | {"hint": hint}
+    rows = cached_rows(batch, task.model.unet.config)
+    if pictures:
+        rows = {"place": rows["place"], "image": hint, "ids": np.zeros((batch, TOKENS), np.int32)}
+    return rows | {"hint": hint}
 
 
 def shapes_of(bench: Bench, control: bool) -> tuple[Any, Any, Any, Any, Any]:
@@ -93,13 +97,14 @@ def shapes_of(bench: Bench, control: bool) -> tuple[Any, Any, Any, Any, Any]:
     recipe = recipe_of(bench, control)
     model, _ = open_model(bench.model)
     task = recipe.task.build(model)
-    given = {"unet": trees.shapes(model.unet.init)}
+    parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
+    given = {name: trees.shapes(part.init) for name, part in parts.items()}
     params = jax.eval_shape(task.init, jax.random.key(0), given)
     learned, frozen = trees.split(params, task.learns)
     return recipe, task, learned, frozen, optim.build(recipe.optimizer, learned, recipe.steps)
 
 
-def step_of(bench: Bench, control: bool) -> tuple[Any, tuple[Any, ...]]:
+def step_of(bench: Bench, control: bool, pictures: bool = False) -> tuple[Any, tuple[Any, ...]]:
     """The training step as the loop has it, and its arguments as shapes."""
     import jax
     import jax.numpy as jnp
@@ -107,10 +112,13 @@ def step_of(bench: Bench, control: bool) -> tuple[Any, tuple[Any, ...]]:
     from jaxgen.training import step as steps
 
     _, task, learned, frozen, transform = shapes_of(bench, control)
+    if not pictures:  # what is not read is not there
+        frozen = {part: tree for part, tree in frozen.items() if part == "unet"}
     state = jax.eval_shape(lambda p: steps.start(p, transform, None), learned)
     step = steps.make(task, transform, None, 0, jnp.float32)
     rows = {
-        k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in rows_of(task, bench.batch).items()
+        k: jax.ShapeDtypeStruct(v.shape, v.dtype)
+        for k, v in rows_of(task, bench.batch, pictures).items()
     }
     return step, (state, frozen, rows)
 
@@ -135,10 +143,13 @@ def training_operations(bench: Bench) -> None:
 
     what = f"operations of a training step, {bench.size} size, batch {bench.batch}"
     print(f"\n| {what} | all of the UNet | ControlNet | ratio |\n|---|---|---|---|")
-    for how in (AS_RUN, PRODUCTS):
+    for how, pictures in itertools.product((AS_RUN, PRODUCTS), (False, True)):
         with rule(how):
-            whole, control = (count(*_flat(step_of(bench, which))) for which in (False, True))
-        print(f"| {how} | {whole / 1e12:.2f} TFLOP | {control / 1e12:.2f} TFLOP ", end="")
+            whole, control = (
+                count(*_flat(step_of(bench, which, pictures))) for which in (False, True)
+            )
+        given = "from pictures and texts" if pictures else "latents and embeddings given"
+        print(f"| {how}, {given} | {whole / 1e12:.2f} TFLOP | {control / 1e12:.2f} TFLOP ", end="")
         print(f"| {control / whole:.3f} |", flush=True)
 
 

@@ -77,8 +77,13 @@ def _open(path: Path, variant: str) -> tuple[ControlNet, Tensors]:
     else:
         if not any(path.iterdir()):
             raise UserError(f"{path} is empty; a ControlNet's folder holds config.json and weights")
-        net, released = CONTROLNET.open(path, variant)
+        net, released = CONTROLNET.open(path, _of(path, variant))
     return net, checked(net, released, str(path))
+
+
+def _of(folder: Path, variant: str) -> str:
+    """A base's variant where a folder has files of it, too; else plain ones serve."""
+    return variant if variant and any(folder.glob(f"*.{variant}*")) else ""
 
 
 def _trained_with_another(path: Path, base: Tensors, variant: str) -> bool:
@@ -90,7 +95,8 @@ def _trained_with_another(path: Path, base: Tensors, variant: str) -> bool:
         return False
     unet = PARTS["unet"]
     try:
-        beside = files.open_folder(path.parent / unet.folder, unet.stem, variant)
+        folder = path.parent / unet.folder
+        beside = files.open_folder(folder, unet.stem, _of(folder, variant))
         one, two = beside["conv_out.bias"].numpy(), base["conv_out/bias"].numpy()
         coarse = min(one.dtype, two.dtype, key=lambda kind: kind.itemsize)
         return not np.array_equal(one.astype(coarse), two.astype(coarse))

@@ -7,7 +7,7 @@ import operator
 import numpy as np
 
 from jaxgen.data import images, prompts
-from jaxgen.data.hints import Hint, fit
+from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model
 from jaxgen.diffusion import grids
 from jaxgen.diffusion.schedule import Schedule
@@ -162,9 +162,7 @@ def _hints(model: Model, request: Request, width: int, height: int) -> list[Hint
     for one, net in zip(wanted, nets):
         hint = one if isinstance(one, Hint) else Hint(one)
         hint.check(len(request.prompts))
-        channels, name = net.config.conditioning_channels, hint.name or "a hint"
-        picture = fit(hint.picture, width, height, channels, name)
-        hints.append(dataclasses.replace(hint, picture=picture))
+        hints.append(hint.at(width, height, net.config.conditioning_channels))
     return hints
 
 

@@ -29,7 +29,8 @@ def control_here(ref: str | Path) -> Path | None:
     """As `find_control`, of this machine; None where nothing is there, as for hub ids."""
     path = Path(ref)
     embedded = CONTROLS / path.name
-    if str(ref) == path.name and (embedded / "config.json").is_file() and not path.exists():
+    mine = path.is_file() or any((path / name).exists() for name in ("config.json", "controlnet"))
+    if str(ref) == path.name and (embedded / "config.json").is_file() and not mine:
         return embedded
     return _there(path)
 

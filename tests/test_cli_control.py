@@ -10,11 +10,17 @@ from PIL import Image
 
 from jaxgen import generate
 from jaxgen.commands import controls
+from jaxgen.controls import open_control
 from jaxgen.data.annotators import lines, maps
+from jaxgen.data.hints import Hint
 from jaxgen.load import open_model, read_params
 from jaxgen.models.controlnet import ControlNet
 from jaxgen.models.controlnet_config import ControlNetConfig
+from jaxgen.plan import plan
+from jaxgen.refs import CONTROLS, control_here
+from jaxgen.request import Request
 from jaxgen.save import save, save_control
+from jaxgen.types import UserError
 from tests.test_cli import compile_cache, here, run, sample  # noqa: F401
 
 
@@ -47,9 +53,37 @@ def test_several_each_with_its_own_range(nets):
     assert (first.scale, first.span) == (1.0, (0.0, 0.5))
     assert (ref, second.scale, second.span) == ("other", -0.25, (0.25, 1.0))
     photo = np.asarray(Image.open("photo.png"))
-    np.testing.assert_array_equal(second.picture, lines.canny(photo))
+    np.testing.assert_array_equal(second.at(64, 64).picture, lines.canny(photo))
     for _, hint in controls.parse(options, ["0.1,0.9"]):
         assert hint.span == (0.1, 0.9)
+
+
+def test_lines_of_a_large_photo_are_as_wide_as_those_of_a_small_one(nets):
+    photo = np.zeros((1024, 1024, 3), np.uint8)
+    photo[300:700, 300:700] = 255
+    Image.fromarray(photo).save("large.png")
+    model, _ = open_model("tiny", control=["net"])
+    for name in ("canny", "scribble"):
+        ((_, hint),) = controls.parse([f"net={name}:large.png"], [])
+        (ready,) = plan(model, Request(prompts=["a"], control=[hint])).hints
+        assert ready.picture.shape == (64, 64, 3)
+        assert (ready.picture == 255).mean() > 0.02
+    with pytest.raises(UserError, match="no annotator 'cany' of photos; there are canny"):
+        plan(model, Request(prompts=["a"], control=[Hint(photo, annotator="cany")]))
+
+
+def test_a_base_of_a_variant_takes_controlnets_without_one(nets):
+    _, plain = open_control("net")
+    _, found = open_control("net", "fp16")
+    assert plain.keys() == found.keys()
+
+
+def test_folders_of_hints_do_not_hide_the_embedded_controlnets(nets):
+    Path("segmentation").mkdir()
+    Path("hint.png").rename("segmentation/0.png")
+    assert control_here("segmentation") == CONTROLS / "segmentation"
+    Path("net").rename("edges")
+    assert control_here("edges") == Path("edges")
 
 
 def test_a_map_of_labels_is_coloured_as_the_embedded_model_learns_it(nets):

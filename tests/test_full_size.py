@@ -3,6 +3,7 @@
 Several minutes on two cores, 12 GB of memory and 6 GB of disk: `make test-slow`.
 """
 
+import dataclasses
 import gc
 import json
 import os
@@ -170,7 +171,8 @@ def truth(family, folder):
     return expected | {"control": controlled(pipe, family, folder / "control", text)}
 
 
-SCALES, SPANS = (0.6, 1.1), ((0.0, 0.5), (0.0, 1.0))  # of two ControlNets, which are one
+SCALES, SPANS = (0.6, 1.1), ((0.0, 0.5), (0.0, 1.0))  # of two ControlNets
+GUESS = {"guess_mode": True, "guidance_scale": 4.0}  # of the first, alone
 
 
 def hints(size):
@@ -180,19 +182,29 @@ def hints(size):
 
 
 def controlled(pipe, family, folder, text):
-    """Writes a ControlNet; its residuals, and a picture that two follow."""
-    net = randomise(diffusers.ControlNetModel.from_unet(pipe.unet), seed=1)
+    """Writes two ControlNets; residuals of the first, pictures that both and that it follows."""
+    nets = [randomise(diffusers.ControlNetModel.from_unet(pipe.unet), seed=i) for i in (1, 2)]
+    net = nets[0]
     assert sum(p.numel() for p in net.parameters()) == family.control
-    net.save_pretrained(folder)
+    for i, one in enumerate(nets):
+        one.save_pretrained(folder / str(i))
     size = family.sizes[0]
     noise, _ = inputs(size)
     pictures = hints(size)
     skips, middle = net(nchw(noise), TIME, text, nchw(pictures[:1] / 255), return_dict=False)
     parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
-    both = diffusers.StableDiffusionControlNetPipeline(
-        **parts, controlnet=[net, net], requires_safety_checker=False
+    both, alone = (
+        diffusers.StableDiffusionControlNetPipeline(
+            **parts, controlnet=one, requires_safety_checker=False
+        )
+        for one in (nets, net)
     )
-    both.set_progress_bar_config(disable=True)
+    for one in (both, alone):
+        one.set_progress_bar_config(disable=True)
+    guessed = alone(
+        "", Image.fromarray(pictures[0]), latents=nchw(noise), num_inference_steps=STEPS,
+        output_type="np", width=size[0], height=size[1], **GUESS,
+    ).images  # fmt: skip
     picture = both(
         PROMPT, [Image.fromarray(one) for one in pictures], latents=nchw(noise),
         num_inference_steps=STEPS, output_type="np", width=size[0], height=size[1],
@@ -200,7 +212,8 @@ def controlled(pipe, family, folder, text):
         control_guidance_start=[low for low, _ in SPANS],
         control_guidance_end=[high for _, high in SPANS],
     ).images  # fmt: skip
-    return {"residuals": [nhwc(y) for y in (*skips, middle)], "picture": picture}
+    residuals = [nhwc(y) for y in (*skips, middle)]
+    return {"residuals": residuals, "picture": picture, "guessed": guessed}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -262,7 +275,7 @@ def test_networks_and_pictures_match_diffusers(case):
 def test_controlnets_match_diffusers(case):
     family, folder, expected = case
     expected, size = expected["control"] | {"text": expected["text"]}, family.sizes[0]
-    model, params = jaxgen.load(folder, control=[folder / "control"] * 2)
+    model, params = jaxgen.load(folder, control=[folder / "control" / str(i) for i in (0, 1)])
     noise, _ = inputs(size)
     pictures = hints(size)
     net = model.controls[0]
@@ -283,8 +296,15 @@ def test_controlnets_match_diffusers(case):
     picture = jaxgen.sample(
         model, params, PROMPT, latents=noise, size=size, steps=STEPS, control=control
     )
-    assert expected["picture"].std() > 0.05, "a flat picture proves nothing"
-    grey = np.abs(picture - np.round(expected["picture"] * 255)).max()
-    print("\nMEASURED controls", f"{max(errors):.1e}", grey)
+    one = dataclasses.replace(model, controls=model.controls[:1])
+    guessed = jaxgen.sample(
+        one, {k: v for k, v in params.items() if k != "controlnet_1"}, "", latents=noise,
+        size=size, steps=STEPS, control=[pictures[0]], guess=True, guidance=4.0,
+    )  # fmt: skip
+    greys = []
+    for name, ours in (("picture", picture), ("guessed", guessed)):
+        assert expected[name].std() > 0.05, "a flat picture proves nothing"
+        greys.append(np.abs(ours - np.round(expected[name] * 255)).max())
+    print("\nMEASURED controls", f"{max(errors):.1e}", greys)
     assert max(errors) <= 1e-4, errors
-    assert grey <= 1
+    assert max(greys) <= 1, greys

@@ -156,7 +156,7 @@ def pick_pictures(record: Mapping[str, Any], columns: Iterable[str], where: str)
         there = [column for column in spelled if column in record]
         if not there:
             raise UserError(f"{where} has no column {name!r}; it has {_listed(record)}")
-        if name in PICTURES or there[0] != name:
+        if is_picture(name) or there[0] != name:
             found[name] = there[0]
     return found
 

@@ -1,12 +1,15 @@
 """Hints: the pictures that ControlNets follow."""
 
+import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from jaxgen.data.images import resize, warn_once
+from jaxgen.data import annotators
+from jaxgen.data.images import read_image, resize, warn_once
 from jaxgen.types import UserError
 
 # Colours at most of a picture that is taken for a map of labels, and greys, if there are no others:
@@ -21,17 +24,20 @@ class Hint:
 
     Attributes:
         picture: uint8 [H, W, 3], of what the network learned to read (edges, labels, a pose), or
-            [P, H, W, 3], one for each prompt.
+            [P, H, W, 3], one for each prompt; photos, if there is an annotator.
         scale: of what it adds; 0 is without it.
         span: the part of the run, as fractions, in which it acts; a step that is only partly within
             is not.
         name: for records.
+        annotator: what makes the hint of a photo: canny, hough, soft, scribble, depth, normal, hed
+            or pose.
     """
 
     picture: np.ndarray
     scale: float = 1.0
     span: tuple[float, float] = (0.0, 1.0)
     name: str = ""
+    annotator: str = ""
 
     def check(self, prompts: int) -> None:
         """UserError for what is no hint, or not one for each of so many prompts."""
@@ -54,6 +60,24 @@ class Hint:
             raise UserError(f"control_range {self.span!r} is not two numbers") from None
         if not 0 <= low < high <= 1:
             raise UserError(f"control_range {low:g},{high:g} is not 0 <= from < to <= 1")
+        if self.annotator and self.annotator not in annotators.ANNOTATORS:
+            names = ", ".join(annotators.ANNOTATORS)
+            raise UserError(f"no annotator {self.annotator!r} of photos; there are {names}")
+
+    def at(self, width: int, height: int, channels: int = 3) -> "Hint":
+        """As a ControlNet reads it, at a size; what is resized is said once.
+
+        A photo is resized before it is annotated, as in training: so lines are as wide as those
+        that the network learned from, whatever the photo's size.
+        """
+        name = self.name or "a hint"
+        if not self.annotator:
+            return replace(self, picture=fit(self.picture, width, height, channels, name))
+        annotate = annotators.ANNOTATORS[self.annotator]
+        photos = self.picture if self.picture.ndim == 4 else self.picture[None]
+        drawn = [annotate(fit_photo(photo, width, height, name)) for photo in photos]
+        picture = np.stack(drawn) if self.picture.ndim == 4 else drawn[0]
+        return replace(self, picture=fit(picture, width, height, channels), annotator="")
 
 
 def fit(hint: np.ndarray, width: int, height: int, channels: int = 3, name: str = "") -> np.ndarray:
@@ -71,9 +95,7 @@ def fit(hint: np.ndarray, width: int, height: int, channels: int = 3, name: str 
     if hint.ndim == 4:
         return np.stack([fit(one, width, height, channels, name) for one in hint])
     if hint.shape[:2] != (height, width):
-        if name:
-            found = "{1}x{0}".format(*hint.shape)
-            warn_once(f"{name} is resized from {found} to {width}x{height}")
+        _say_resized(hint, width, height, name)
         near = Image.Resampling.NEAREST
         if is_labels(hint):
             hint = np.array(Image.fromarray(hint).resize((width, height), near))
@@ -84,6 +106,71 @@ def fit(hint: np.ndarray, width: int, height: int, channels: int = 3, name: str 
     if channels == 1:
         return np.asarray(Image.fromarray(hint).convert("L"))[..., None]
     raise UserError(f"the ControlNet reads hints of {channels} channels; pictures have 3 or 1")
+
+
+def fit_photo(photo: np.ndarray, width: int, height: int, name: str = "") -> np.ndarray:
+    """A photo, uint8 [H, W, 3], at a size; said once under a name."""
+    if photo.shape[:2] != (height, width):
+        _say_resized(photo, width, height, name)
+    return resize(photo, width, height)
+
+
+def _say_resized(picture: np.ndarray, width: int, height: int, name: str) -> None:
+    if name:
+        found = "{1}x{0}".format(*picture.shape)
+        warn_once(f"{name} is resized from {found} to {width}x{height}")
+
+
+def read(text: str, span: tuple[float, float] = (0.0, 1.0), ref: str = "") -> Hint:
+    """The hint that `[ANNOTATOR:]FILE[@SCALE]` names, under the ControlNet `ref`.
+
+    Raises:
+        UserError: for what is no picture, an annotator that is not there, and a scale that is no
+            number.
+    """
+    annotator, file, scale = _source(text)
+    name = f"{annotator}:{file}" if annotator else file
+    name = f"{ref}={name}" if ref else name
+    if annotator in annotators.OF_FILES:
+        return Hint(annotators.OF_FILES[annotator](Path(file)), scale, span, name)
+    return Hint(read_image(Path(file)), scale, span, name, annotator)
+
+
+def _source(text: str) -> tuple[str, str, float]:
+    """Annotator, file and scale; what is a file is read as one, whatever its name holds."""
+    name, colon, inner = text.partition(":")
+    if not colon or _is_file(text) or _is_file(text.rpartition("@")[0]):
+        return "", *_scaled(text)
+    file, scale = _scaled(inner)
+    if name in annotators.NAMES:
+        return name, file, scale
+    if _is_file(file):
+        close = difflib.get_close_matches(name, annotators.NAMES, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        names = ", ".join(annotators.NAMES)
+        raise UserError(f"{text}: no annotator {name!r} (there are {names}){hint}")
+    return "", *_scaled(text)
+
+
+def _scaled(text: str) -> tuple[str, float]:
+    """FILE[@SCALE], split at the last @ unless all of it is a file."""
+    file, at, number = text.rpartition("@")
+    if not at or _is_file(text):
+        return text, 1.0
+    try:
+        scale = float(number)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise UserError(f"the scale {number!r} after the @ of {text} is not a number")
+    return file, scale
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # a name too long, a folder that is closed
+        return False
 
 
 def is_labels(hint: np.ndarray) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxgen.data.annotators import ANNOTATORS, lines, maps
 from jaxgen.data.hints import fit
+from jaxgen.data.images import warn_once
 from jaxgen.denoiser import Model
 from jaxgen.load import CONTROLLED
 from jaxgen.models.controlnet import ControlNet as Network
@@ -93,11 +94,23 @@ class ControlNet(TextToImage):
             hint = ANNOTATORS[self.hint](example["image"])
         else:
             hint = example[self.hint]
+            if getattr(hint, "ndim", 0) not in (2, 3):
+                raise UserError(f"hint: the column {self.hint!r} holds no pictures")
             if hint.ndim == 2:
-                hint = maps.segmentation(hint.astype(np.int32), PALETTES[self.palette])
+                hint = self._coloured(hint.astype(np.int32))
         height, width = hint.shape[:2]
         hint = fit(hint, width, height, model.controls[0].config.conditioning_channels)
         return denoising.captioned(example, rng, model=model) | {"hint": hint}
+
+    def _coloured(self, labels: np.ndarray) -> np.ndarray:
+        """Labels [H, W] in the palette's colours; that some have none is said once."""
+        palette = PALETTES[self.palette]
+        if labels.max() >= len(palette):
+            warn_once(
+                f"there are labels up to {labels.max()}; those from {len(palette)} on are black, "
+                f"for which the palette {self.palette} has no colours"
+            )
+        return maps.segmentation(labels, palette)
 
 
 def _init(net: Network, rest: Any, key: Array, given: Params) -> Params:

@@ -72,8 +72,9 @@ class Samples:
     """Scale of classifier-free guidance."""
     seed: int = 0
     """Of the first picture; it is the same for every grid."""
-    hints: tuple[Path, ...] = ()
-    """Picture files that a ControlNet follows, one for each prompt, or one for all."""
+    hints: tuple[str, ...] = ()
+    """What a ControlNet follows, one for each prompt, or one for all: picture files, with an
+    annotator before those that are yet to be drawn, as in canny:photo.png or labels:map.png."""
 
     def __post_init__(self) -> None:
         if self.every < 1:

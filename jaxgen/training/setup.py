@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgen import sharding, trees, zoo
-from jaxgen.data.hints import fit
-from jaxgen.data.images import read_image
+from jaxgen.data.hints import read as read_hint
 from jaxgen.data.pipeline import Images
 from jaxgen.denoiser import Model
 from jaxgen.load import open_model
@@ -21,6 +20,7 @@ from jaxgen.plan import plan
 from jaxgen.request import Request
 from jaxgen.tasks.base import Task, check_caches
 from jaxgen.tasks.contrastive import Contrastive
+from jaxgen.tasks.controlnet import ControlNet
 from jaxgen.training import optim, patterns
 from jaxgen.training.recipe import Train
 from jaxgen.types import UserError
@@ -56,11 +56,22 @@ def open_task(recipe: Train) -> tuple[Task, dict[str, Tensors]]:
         tensors[part] = zoo.fresh(getattr(model, part), part, recipe.seed)
     networks = {part: replace(getattr(model, part), remat=recipe.remat) for part in PARTS}
     task = wanted.build(replace(model, **networks))
+    if isinstance(wanted, ControlNet):
+        check_base(wanted)
     check_learns(recipe, task, tensors)
     check_size(recipe, task.model)
     check_samples(recipe, task.model)
     check_caches(task, tensors, recipe.data)
     return task, tensors
+
+
+def check_base(task: ControlNet) -> None:
+    """UserError for a ControlNet's base that has learned nothing, and never will."""
+    if "unet" in task.fresh or task.model.startswith(zoo.PREFIX):
+        raise UserError(
+            "task.model: a ControlNet learns beside a base that stays as it is, and this one is "
+            "random; name one that is trained (--task.model FOLDER)"
+        )
 
 
 def check_learns(recipe: Train, task: Task, tensors: Mapping[str, Tensors]) -> None:
@@ -129,7 +140,7 @@ def check_samples(recipe: Train, model: Model) -> None:
 def sampling(recipe: Train) -> dict[str, Any]:
     """How samples are drawn: the fields of a request, without its prompts."""
     wanted, size = recipe.samples, recipe.data.size
-    hints = [fit(read_image(path), size, size, name=str(path)) for path in wanted.hints]
+    hints = [_hint(text, size) for text in wanted.hints]
     hints *= len(wanted.prompts) if len(hints) == 1 else 1
     return {
         "steps": wanted.steps,
@@ -138,6 +149,18 @@ def sampling(recipe: Train) -> dict[str, Any]:
         "size": (size, size),
         "control": [np.stack(hints)] if hints else [],
     }
+
+
+def _hint(text: str, size: int) -> np.ndarray:
+    """uint8 [size, size, 3], of a hint that a recipe names."""
+    try:
+        hint = read_hint(str(text))
+        hint.check(1)
+        if hint.scale != 1:
+            raise UserError(f"{text}: samples follow hints at a scale of 1")
+        return hint.at(size, size).picture
+    except UserError as error:
+        raise UserError(f"samples.hints: {error}") from None
 
 
 def data_of(recipe: Train, task: Task) -> Images:

@@ -1,12 +1,14 @@
 """Learning to follow hints: ten steps against PyTorch and diffusers, and what learns, and when."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
 from transformers import CLIPTextModel
 
 from jaxgen import trees
@@ -178,6 +180,55 @@ def test_hints_of_samples_are_resized_and_that_is_said_once(data, caplog):
         (pictures,) = setup.sampling(recipe)["control"]
     assert pictures.shape == (1, 32, 32, 3)
     assert caplog.text.count(f"{hint} is resized from 48x48 to 32x32") == 1
+
+
+def test_hints_of_samples_are_drawn_as_those_of_training(data):
+    labels = np.arange(16, dtype=np.uint8).repeat(64).reshape(32, 32)
+    Image.fromarray(labels).save(data / "map.png")
+    Image.fromarray(np.repeat(255 * (labels[..., None] > 7), 3, -1).astype(np.uint8)).resize(
+        (256, 256)
+    ).save(data / "photo.png")
+
+    def pictures(hint):
+        wanted = Samples(prompts=("a cat",), hints=(hint,))
+        return setup.sampling(recipe_for(data, ControlNet(), samples=wanted))["control"][0][0]
+
+    np.testing.assert_array_equal(
+        pictures(f"distinct:{data / 'map.png'}"), maps.distinct(256)[labels]
+    )
+    assert set(np.unique(pictures(f"canny:{data / 'photo.png'}"))) == {0, 255}
+    with pytest.raises(UserError, match=r"samples\.hints: .*follow hints at a scale of 1"):
+        pictures(f"{data / 'photo.png'}@0.5")
+
+
+def test_labels_without_a_colour_are_said_once(caplog):
+    task = ControlNet()
+    for _ in range(2):
+        hint = task._coloured(np.array([[150, 151]]))
+    assert hint[0, 0].any()
+    assert not hint[0, 1].any()
+    assert caplog.text.count("those from 151 on are black") == 1
+
+
+@pytest.mark.parametrize("fields", [{"model": "fresh:mini"}, {"fresh": ("unet",)}])
+def test_a_random_base_is_refused(data, fields):
+    with pytest.raises(UserError, match="random; name one that is trained"):
+        recipe = recipe_for(data, ControlNet())
+        loop.Run(dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, **fields)))
+
+
+def test_columns_are_named_with_their_ending_or_without_and_hold_pictures(data):
+    listing = data / "data" / "metadata.jsonl"
+    rows = [json.loads(line) for line in listing.read_text().splitlines()]
+    for row in rows:
+        row["conditioning_image"] = "000hint.png"
+    listing.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    for name in ("conditioning_image", "conditioning"):
+        run = loop.Run(recipe_for(data, ControlNet(hint=name)))
+        run.data.close()
+        assert run.rows["hint"].shape == (BATCH, 32, 32, 3)
+    with pytest.raises(UserError, match="the column 'text' holds no pictures"):
+        loop.Run(recipe_for(data, ControlNet(hint="text")))
 
 
 HINTS = {

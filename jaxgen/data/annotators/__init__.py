@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from jaxgen.data.annotators import files, lines, networks
-from jaxgen.data.images import read_image
 
 Annotator = Callable[[np.ndarray], np.ndarray]
 
@@ -32,14 +31,3 @@ OF_FILES: Mapping[str, Callable[[Path], np.ndarray]] = {
     "normal": files.normal,
 }
 NAMES = tuple(dict.fromkeys((*ANNOTATORS, *OF_FILES)))
-
-
-def annotate(name: str, file: Path) -> np.ndarray:
-    """The hint that the annotator of a name makes of a picture file, uint8 [H, W, 3].
-
-    Raises:
-        UserError: for a file that it cannot read, and packages that are not there.
-    """
-    if name in OF_FILES:
-        return OF_FILES[name](file)
-    return ANNOTATORS[name](read_image(file))
