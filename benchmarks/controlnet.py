@@ -97,8 +97,8 @@ def shapes_of(bench: Bench, control: bool) -> tuple[Any, Any, Any, Any, Any]:
     recipe = recipe_of(bench, control)
     model, _ = open_model(bench.model)
     task = recipe.task.build(model)
-    parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
-    given = {name: trees.shapes(part.init) for name, part in parts.items()}
+    parts = ("unet", "vae", "text_encoder")
+    given = {name: trees.shapes(getattr(model, name).init) for name in parts}
     params = jax.eval_shape(task.init, jax.random.key(0), given)
     learned, frozen = trees.split(params, task.learns)
     return recipe, task, learned, frozen, optim.build(recipe.optimizer, learned, recipe.steps)

@@ -212,9 +212,10 @@ def test_labels_without_a_colour_are_said_once(caplog):
 
 @pytest.mark.parametrize("fields", [{"model": "fresh:mini"}, {"fresh": ("unet",)}])
 def test_a_random_base_is_refused(data, fields):
+    recipe = recipe_for(data, ControlNet())
+    recipe = dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, **fields))
     with pytest.raises(UserError, match="random; name one that is trained"):
-        recipe = recipe_for(data, ControlNet())
-        loop.Run(dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, **fields)))
+        loop.Run(recipe)
 
 
 def test_columns_are_named_with_their_ending_or_without_and_hold_pictures(data):
