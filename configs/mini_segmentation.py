@@ -3,7 +3,11 @@
     jaxgen train configs/mini_segmentation.py
 
 Hints are maps of labels, a colour for each subject (`--task.palette distinct`), black for the
-background. Everything else is as in configs/mini_edges.py.
+background. Everything else is as in configs/mini_edges.py. What ships went on once more, on the
+base that ships:
+
+    jaxgen train configs/mini_segmentation.py --task.control segmentation --task.hint-widths \\
+        --seed 12 --out runs/on
 """
 
 from pathlib import Path

@@ -7,12 +7,16 @@ without `--task.model`, the embedded one. The text encoder learns on, since tell
 left from right is little use to a contrast of captions. The loss is of v, unweighted: what a scene
 shows, and where, is decided while noise prevails, to which Min-SNR weights would give little. The
 rate is constant and the average long, so that a run can go on for as long as there is time
-(`--steps`); Muon learns this in fewer steps than AdamW. What ships ended with stretches from cached
-latents, each from the average that the one before left, while the rate fell to 0; the last of them:
+(`--steps`); Muon learns this in fewer steps than AdamW.
+
+This makes a model as the one that ships, not that one: its first stretches were of AdamW, while
+this config was looked for (its card lists them all). Its last ones are from cached latents, each
+from the average that the one before left, while the rate falls to 0, and so a run of your own may
+end; the last of them:
 
     jaxgen cache configs/mini_unet.py --task.model mini --out latents
     jaxgen train configs/mini_unet.py --task.fresh --task.model mini --data.source latents \\
-        --seed 11 --optimizer.schedule linear --optimizer.warmup 20 --ema.decay 0.995 \\
+        --seed 12 --optimizer.schedule linear --optimizer.warmup 20 --ema.decay 0.995 \\
         --steps 2000 --out runs/last
 
 Numbers are the project's own.

@@ -67,6 +67,7 @@ PLAIN = {
     "grapes", "cherries", "broccoli", "cheese", "french fries", "socks", "popcorn", "fire", "sushi",
     "bacon", "candy", "yarn",
 }  # fmt: skip
+SPOKEN_AS_VOWELS = {"umbrella", "hourglass"}
 
 
 def parse(word: str) -> tuple[str, str, str]:
@@ -84,7 +85,7 @@ def article(name: str) -> str:
     """The article, with a space behind it, or nothing."""
     if name in PLAIN:
         return ""
-    return "an " if name[0] in "aeio" or name == "umbrella" else "a "
+    return "an " if name[0] in "aeio" or name in SPOKEN_AS_VOWELS else "a "
 
 
 def drawn(path: Path) -> Image.Image:
