@@ -28,7 +28,7 @@ class Sample:
 
     Writes 00000.png ..., grid.png and samples.jsonl; every PNG carries its settings.
 
-    jaxgen sample "a fox, flat style" "an owl" --count 4 --seed 7     # by the embedded model
+    jaxgen sample "a fox, flat style" "an owl" --guidance 4 --count 4     # by the embedded model
 
     jaxgen sample "a fox in snow" --model FOLDER --image photo.png --strength 0.6
 
