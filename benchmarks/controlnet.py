@@ -249,7 +249,8 @@ def steps(bench: Bench, scratch: Path) -> None:
     sides = found.values()
     pooled = ([s for result in results for s in result["seconds"]] for results in sides)
     row("time", "s", *map(statistics.median, pooled))
-    row("peak anonymous memory", "GB", *(max(r["anonymous"] for r in results) for results in sides))
+    for kind in ("resident", "anonymous"):  # the second is without mapped files
+        row(f"peak {kind} memory", "GB", *(max(r[kind] for r in results) for results in sides))
 
 
 def theirs(folder: str, bench: Bench) -> None:
