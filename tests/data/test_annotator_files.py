@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from jaxgen.data import examples
-from jaxgen.data.annotators import annotate
+from jaxgen.data.annotators import OF_FILES
 from jaxgen.tasks.controlnet import PALETTES
 from jaxgen.types import UserError
 from tests.data.test_annotators import plane
@@ -30,7 +30,7 @@ def test_labels_are_read_as_stored_and_coloured_as_training_does(kind, tmp_path)
     file = stored(tmp_path / "labels.png", kind)
     np.testing.assert_array_equal(examples.decode(file, "segmentation", ""), LABELS)
     for name, palette in (("labels", "ade20k"), ("distinct", "distinct")):
-        np.testing.assert_array_equal(annotate(name, file), PALETTES[palette][LABELS])
+        np.testing.assert_array_equal(OF_FILES[name](file), PALETTES[palette][LABELS])
 
 
 def test_what_are_no_labels_is_refused(tmp_path):
@@ -45,7 +45,7 @@ def test_what_are_no_labels_is_refused(tmp_path):
         ("distinct", tmp_path / "gone.png", "gone.png: no such file"),
     ):
         with pytest.raises(UserError, match=words) as caught:
-            annotate(name, file)
+            OF_FILES[name](file)
         assert str(file) in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -57,7 +57,7 @@ def test_normals_of_a_picture_of_depth(bits, tmp_path, caplog):
     assert near.max() == 255
     deep = near.astype(np.uint8) if bits == 8 else (257 * near).astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "depth.png")
-    found = annotate("normal", tmp_path / "depth.png")
+    found = OF_FILES["normal"](tmp_path / "depth.png")
     assert np.abs(found[40:60, 40:60] - colour).max() <= 1
     assert "is grey, and is taken for depth" in caplog.text
 
@@ -69,7 +69,7 @@ def test_normals_of_fine_depth_are_smooth(tmp_path):
     near[0, 0], near[-1, -1] = 0, 255  # a range of which the slope is little
     deep = np.round(257 * near).astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "depth.png")
-    found = annotate("normal", tmp_path / "depth.png")
+    found = OF_FILES["normal"](tmp_path / "depth.png")
     assert np.abs(found[20:40, 20:40] - colour).max() <= 1
 
 
@@ -79,5 +79,5 @@ def test_normals_of_a_photo_go_through_the_network(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxgen.data.annotators.networks.normal", network)
     photo = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.png")
-    annotate("normal", tmp_path / "photo.png")
+    OF_FILES["normal"](tmp_path / "photo.png")
     np.testing.assert_array_equal(seen[0], photo)
