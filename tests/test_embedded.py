@@ -192,4 +192,7 @@ def test_damaged_files_are_named(tmp_path, monkeypatch, capsys, file, damage, na
     with pytest.raises(SystemExit) as stop:
         cli.main(["sample", PROMPT, "--model", "mini", "--steps", "2"])
     assert stop.value.code == 2
-    assert named in capsys.readouterr().err.strip().splitlines()[-1]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    (line,) = (line for line in said if "%|" not in line)  # beside bars
+    assert line.startswith("jaxgen: ")
+    assert named in line
