@@ -1,5 +1,6 @@
 """The model that ships: whole, small, the zoo's, and diffusers' to read."""
 
+import hashlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -136,6 +137,12 @@ def test_it_still_does_what_its_card_says():
     assert right["subject, head"][0] >= 0.3 * right["subject, head"][1]
 
 
+def test_every_file_of_weights_has_its_sum():
+    for path in ASSETS.rglob("*.safetensors"):
+        said = path.with_name(f"{path.name}.sha256").read_text()
+        assert said == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n", path
+
+
 def test_a_prompt_of_unknown_words_simply_samples(tmp_path):
     arguments = ["a dinosaur in Reykjavík", "--steps", "2", "--out", str(tmp_path / "out")]
     cli.main(["sample", *arguments])
@@ -176,18 +183,29 @@ def hole(content):
     return content[:middle] + b"\xff" * 4096 + content[middle + 4096 :]
 
 
+def flip(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
 @pytest.mark.parametrize(
-    ("file", "damage", "named"),
+    ("file", "damage", "summed", "named"),
     [
-        ("unet/diffusion_pytorch_model.safetensors", cut, "diffusion_pytorch_model.safetensors"),
-        ("unet/diffusion_pytorch_model.safetensors", hole, "weights of the model's unet"),
-        ("tokenizer/merges.txt", cut, "tokenizer/merges.txt is damaged"),
+        (UNET, cut, True, f"{UNET} is damaged"),
+        (UNET, flip, True, f"{UNET} is damaged"),
+        (UNET, hole, False, "weights of the model's unet"),
+        ("tokenizer/merges.txt", cut, True, "tokenizer/merges.txt is damaged"),
     ],
 )
-def test_damaged_files_are_named(tmp_path, monkeypatch, capsys, file, damage, named):
+def test_damaged_files_are_named(tmp_path, monkeypatch, capsys, file, damage, summed, named):
     shutil.copytree(EMBEDDED, tmp_path / "mini")
     path = tmp_path / "mini" / file
     path.write_bytes(damage(path.read_bytes()))
+    if not summed:  # as most folders are
+        path.with_name(f"{path.name}.sha256").unlink()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         cli.main(["sample", PROMPT, "--model", "mini", "--steps", "2"])

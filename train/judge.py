@@ -223,6 +223,7 @@ def write(params: Params, folder: Path) -> None:
         judge.read(Path(scratch))
         for path in Path(scratch).iterdir():  # one file, as it is small
             path.replace(folder / path.name)
+    files.write_sum(folder / f"{judge.STEM}.safetensors")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,8 @@ def main(options: Options) -> None:
             new, old = Path(scratch) / "new", Path(scratch) / "old"
             save(model, jax.tree.map(halve, params), new)
             halve_clip(options.clip or kept(options, "clip"), new / "clip")
+            for path in new.rglob("*.safetensors"):
+                files.write_sum(path)
             open_model(new), open_clip(new / "clip")
             shutil.copy(kept(options, "LICENSE.artwork"), new / "LICENSE.artwork")
             card = out / "README.md"

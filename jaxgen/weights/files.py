@@ -1,5 +1,6 @@
 """Safetensors files as lazily read tensors, and back. Nothing here unpickles anything."""
 
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from jaxgen.types import UserError
 
 Slices = tuple[slice, ...]
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+SUM = ".sha256"  # a file beside one of weights, as sha256sum writes it, says what that must hold
 SHARD_BYTES = 5_000_000_000
 
 
@@ -82,8 +84,9 @@ def open_file(path: Path) -> Tensors:
     What a tensor reads is a view of the file, which must not change until it has been copied.
 
     Raises:
-        UserError: for pickles (which can run code), and for files that are empty, truncated or of
-            another format; each names the file and the way out.
+        UserError: for pickles (which can run code), for files that are empty, truncated or of
+            another format, and for those that are not what a `.sha256` beside them says; each names
+            the file and the way out.
     """
     if path.suffix in PICKLES:
         raise UserError(
@@ -109,6 +112,9 @@ def open_file(path: Path) -> Tensors:
     except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
         what = "is damaged, truncated or not safetensors" if seen[0] else "is empty"
         raise UserError(f"{path} {what} ({error}); download it again") from None
+    said = _sums(path)
+    if said.is_file() and said.read_text("utf-8", "replace").split()[:1] != [_digest(file)]:
+        raise UserError(f"{path} is damaged: it is not what {said.name} says; download it again")
 
     def tensor(key: str) -> Tensor:
         name, shape, offset = found[key]
@@ -127,6 +133,21 @@ def open_file(path: Path) -> Tensors:
         return Tensor(shape, dtype, read)
 
     return {key: tensor(key) for key in keys}
+
+
+def _sums(path: Path) -> Path:
+    return path.with_name(path.name + SUM)
+
+
+def _digest(file: BinaryIO) -> str:
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sum(path: Path) -> None:
+    """Writes beside a file of weights what it must hold, for `open_file` (and `sha256sum -c`)."""
+    with path.open("rb") as file:
+        _sums(path).write_text(f"{_digest(file)}  {path.name}\n", "utf-8")
 
 
 def _state(file: BinaryIO) -> tuple[int, int]:
@@ -214,6 +235,7 @@ def save_folder(
         try:
             # Beside it first: the values may be views of the file that this one replaces.
             save_file(values, folder / f".{name}", metadata)
+            _sums(folder / name).unlink(missing_ok=True)  # of what was there
             os.replace(folder / f".{name}", folder / name)
         except SafetensorError as error:  # a full disk among others
             raise UserError(f"cannot write {folder / name}: {error}") from None

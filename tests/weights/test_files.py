@@ -1,5 +1,6 @@
 """Safetensors there and back; numpy's own slicing and safetensors' own reader are the truth."""
 
+import hashlib
 import json
 import pickle
 from itertools import pairwise
@@ -44,6 +45,19 @@ def test_values_and_dtypes_come_back_as_they_were_saved(dtype, tmp_path):
         assert actual.shape == tensors[key].shape == expected.shape
         assert actual.dtype == tensors[key].dtype == expected.dtype
         np.testing.assert_array_equal(actual, expected)
+
+
+def test_a_file_is_what_the_sum_beside_it_says(tmp_path, opened):
+    path = tmp_path / "model.safetensors"
+    files.write_sum(path)
+    files.open_file(path)
+    said = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (tmp_path / "model.safetensors.sha256").read_text() == f"{said}  model.safetensors\n"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"model.safetensors is damaged: it is not what model"):
+        files.open_file(path)
+    save(tmp_path, opened[0])  # what is saved anew has no sum of what was there
+    files.open_file(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
