@@ -6,8 +6,9 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -139,7 +140,7 @@ def _sums(path: Path) -> Path:
     return path.with_name(path.name + SUM)
 
 
-def _digest(file: BinaryIO) -> str:
+def _digest(file: BufferedReader) -> str:
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -150,7 +151,7 @@ def write_sum(path: Path) -> None:
         _sums(path).write_text(f"{_digest(file)}  {path.name}\n", "utf-8")
 
 
-def _state(file: BinaryIO) -> tuple[int, int]:
+def _state(file: BufferedReader) -> tuple[int, int]:
     """Size and time of the last change."""
     now = os.fstat(file.fileno())
     return now.st_size, now.st_mtime_ns
