@@ -174,7 +174,7 @@ def sampling_operations(bench: Bench) -> None:
     shape: Any = lambda *sides: jax.ShapeDtypeStruct(sides, np.float32)  # noqa: E731
     text, x = shape(2, TOKENS, unet.cross_attention_dim), shape(1, SIDE, SIDE, unet.in_channels)
     (net,) = task.model.controls
-    hint = Control(shape(1, side, side, 3), shape(1, net.config.residuals))
+    hint = Control(shape(1, side, side, 3), shape(net.config.residuals))
     params = {"unet": trees.shapes(model.unet.init), "controlnet": trees.shapes(net.init)}
 
     def total(network: Any, inputs: Any) -> tuple[int, int]:

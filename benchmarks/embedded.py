@@ -49,6 +49,8 @@ def seconds(words: tuple[str, ...], home: Path) -> float:
 
 
 def main(bench: Bench) -> None:
+    if bench.runs < 1:
+        sys.exit(f"embedded: runs {bench.runs} is not from 1")
     print(describe_machine(), flush=True)
     print("\n| command | cold compile cache | warm |\n|---|---|---|", flush=True)
     for name, words in COMMANDS.items():

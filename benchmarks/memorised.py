@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from jaxgen.data import images
+from jaxgen.data.emoji_scenes.backgrounds import SIDE
 from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 from jaxgen.evaluation import report
 from jaxgen.types import UserError
@@ -84,6 +85,13 @@ def both(bench: Bench) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return made, real
 
 
+def sized(picture: np.ndarray) -> np.ndarray:
+    """UserError for pictures of another size than scenes."""
+    if picture.shape != (SIDE, SIDE, 3):
+        raise UserError(f"samples are {picture.shape[1]}x{picture.shape[0]}; scenes are 64x64")
+    return picture
+
+
 def table(ours: np.ndarray, theirs: np.ndarray) -> str:
     """Distances of samples and of test scenes, in Markdown."""
     lines = ["| distance to the nearest training scene | least | 5 % | median | 95 % |"]
@@ -104,7 +112,7 @@ def main(bench: Bench) -> None:
         raise UserError(f"scenes {bench.scenes} is not from 1 to {len(train)}")
     if bench.pairs.suffix != ".png" or not bench.pairs.absolute().parent.is_dir():
         raise UserError(f"--pairs {bench.pairs} is no .png in a folder that is there")
-    pictures = np.stack([picture for some in both(bench) for picture in some])
+    pictures = np.stack([sized(picture) for some in both(bench) for picture in some])
     distances, which = nearest(pictures, train, bench.scenes)
     print(f"{bench.count} samples, {bench.count} test scenes, {bench.scenes} training scenes\n")
     ours, theirs = distances[: bench.count], distances[bench.count :]

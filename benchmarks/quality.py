@@ -80,6 +80,8 @@ def main(bench: Bench) -> None:
     judges = Judges.read(EMBEDDED_CLIP, bench.inception)
     for split in bench.splits:
         scenes = EmojiScenes(f"emoji_scenes:{split}")
+        if bench.count < 2:
+            raise UserError(f"count {bench.count} is not from 2")
         if 2 * bench.count > len(scenes):
             raise UserError(
                 f"count {bench.count} is over {len(scenes) // 2}: half of {scenes.ref} are "

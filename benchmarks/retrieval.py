@@ -35,7 +35,7 @@ class Bench:
 def main(bench: Bench) -> None:
     clip, scenes = open_clip(bench.folder), EmojiScenes(f"emoji_scenes:{bench.split}")
     if not 0 < bench.groups * AMONG <= len(scenes):
-        sys.exit(f"--groups {bench.groups}: {bench.split} has {len(scenes) // AMONG} hundreds")
+        raise UserError(f"--groups {bench.groups} is not from 1 to {len(scenes) // AMONG}")
     found = []
     for group in range(bench.groups):
         examples = [scenes.read(group * AMONG + i) for i in range(AMONG)]

@@ -5,7 +5,7 @@
 The second part. It reads pictures, not latents, but the model that it ends with holds the
 autoencoder of the one it starts from: without `--task.model` that is a random one, of no use to the
 UNet. Learned from nothing on the scenes of emoji_scenes by finding which caption of a batch belongs
-to which picture (Radford et al. 2021). Numbers are the project's own. Half an hour on two cores.
+to which picture (Radford et al. 2021). Numbers are the project's own. Some 20 minutes on two cores.
 """
 
 from pathlib import Path

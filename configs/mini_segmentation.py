@@ -6,8 +6,8 @@ Hints are maps of labels, a colour for each subject (`--task.palette distinct`),
 background. Everything else is as in configs/mini_edges.py. What ships went on once more, on the
 base that ships:
 
-    jaxgen train configs/mini_segmentation.py --task.control segmentation --task.hint-widths \\
-        --seed 12 --out runs/on
+    jaxgen train configs/mini_segmentation.py --task.control segmentation --seed 13 \\
+        --steps 2500 --out runs/on
 """
 
 from pathlib import Path

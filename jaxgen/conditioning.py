@@ -83,8 +83,7 @@ def condition(
         negative = np.tile(np.array(rows) == 0, len(indices))
         text = jnp.where(negative[:, None, None], encode(), text)
     inputs = Inputs(text, concat=_channels(checked, pictures, len(indices), len(rows)))
-    seen = [row > 0 or not guided for row in rows]  # in guess mode, by which branches
-    inputs = inputs._replace(controls=_controls(model, checked, seen, indices, mesh))
+    inputs = inputs._replace(controls=_controls(model, checked, text, indices, mesh))
     if model.distilled:
         inputs = inputs._replace(guidance=(jnp.full(len(ids), request.guidance, jnp.float32),))
     low, high = request.guidance_interval
@@ -94,23 +93,19 @@ def condition(
 
 
 def _controls(
-    model: Model, checked: Plan, seen: list[bool], indices: list[int], mesh: Mesh
+    model: Model, checked: Plan, text: Array, indices: list[int], mesh: Mesh
 ) -> tuple[Control, ...]:
-    """Hints and how their residuals weigh, for every branch of every image where they differ."""
+    """Hints, and how their residuals weigh; in guess mode the last branch alone sees them."""
     nets = [net.config for net in model.controls]
     guess = checked.request.guess or bool(nets and nets[0].global_pool_conditions)  # as diffusers
+    branches = len(text) // len(indices)
+    texts = (text.reshape(len(indices), branches, *text.shape[1:]),) * (guess and branches > 1)
     out = []
     for hint, net in zip(checked.hints, nets):
         weights = np.ones(net.residuals)
         if guess and not net.global_pool_conditions:
             weights = np.logspace(-1, 0, net.residuals)
-        rows = (hint.scale * weights[None]).astype(np.float32)
-        if guess:
-            rows = sharding.split_batch(
-                np.tile(np.array(seen)[:, None] * rows, (len(indices), 1)), mesh
-            )
-        else:
-            rows = sharding.replicate(rows, mesh)
+        weights = sharding.replicate((hint.scale * weights).astype(np.float32), mesh)
         span = () if hint.span == (0.0, 1.0) else tuple(map(np.float32, hint.span))
         span = sharding.replicate(span, mesh)
         if hint.picture.ndim == 3:  # encoded once for all
@@ -118,7 +113,7 @@ def _controls(
         else:
             rows_of = hint.picture[np.array(indices) // checked.request.count]
             pixels = sharding.split_batch(rows_of.astype(np.float32) / 255, mesh)
-        out.append(Control(pixels, rows, span))
+        out.append(Control(pixels, weights, span, texts))
     return tuple(out)
 
 

@@ -159,8 +159,6 @@ def is_control(ref: str | Path) -> bool:
         if path.is_dir():
             data = config.read_json(path / "config.json")
             return data.get("_class_name") == CONTROLNET.class_name
-        tensors = files.open_file(path)
-        single_control.read(tensors, str(path))
-        return not any(key.startswith("first_stage_model.") for key in tensors)
+        return single_control.holds(files.open_file(path))
     except (UserError, OSError):
         return False

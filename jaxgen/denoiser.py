@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def prepare(network: Network, params: Params, inputs: Inputs) -> Cache:
         "controls": inputs.controls,
     }
     for name, part, control in _controls(network, inputs.controls):
-        cache[name] = part.prepare(params[name], inputs, control.hint)
+        cache[name] = part.prepare(params[name], _seen(inputs, control), control.hint)
     return cache
 
 
@@ -95,6 +96,15 @@ def _controls(
     return list(zip(names, network.controls, controls, strict=True))
 
 
+def _seen(inputs: Inputs, control: Control) -> Inputs:
+    """What conditions a ControlNet: all of it, or of each image the last condition alone."""
+    for text in control.texts:
+        images, count = text.shape[:2]
+        added = (y.reshape(images, count, *y.shape[1:])[:, -1] for y in inputs.added)
+        return inputs._replace(text=text[:, -1], added=tuple(added))
+    return inputs
+
+
 def _residuals(
     part: ControlNet, params: Params, x: Array, point: Point, cache: Cache, control: Control
 ) -> Residuals:
@@ -102,7 +112,9 @@ def _residuals(
 
     def acting() -> Residuals:
         found = part.apply(params, x, point, cache)
-        *skips, middle = jnp.moveaxis(control.weights, -1, 0)[..., None, None, None]
+        for text in control.texts:
+            found = jax.tree.map(partial(_last, count=text.shape[1]), found)
+        *skips, middle = control.weights
         weighted = tuple(w * y for w, y in zip(skips, found.skips))
         return Residuals(middle * found.middle, weighted)
 
@@ -118,3 +130,9 @@ def _residuals(
         return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(acting))
 
     return jax.lax.cond(acts, acting, nothing)
+
+
+def _last(y: Array, count: int) -> Array:
+    """[images, ...] -> [images * count, ...]: each as the last of its image's, the others zero."""
+    before = jnp.zeros((len(y), count - 1, *y.shape[1:]), y.dtype)
+    return jnp.concatenate([before, y[:, None]], 1).reshape(-1, *y.shape[1:])

@@ -47,7 +47,7 @@ def load(
     dtype: str | None = "f32",
     variant: str = "",
     prediction: str | None = None,
-    control: Sequence[str | Path] | None = None,
+    control: Sequence[str | Path] | str | Path | None = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules = (),
 ) -> tuple[Model, Params]:
@@ -62,8 +62,8 @@ def load(
         variant: e.g. "fp16", to choose among the files of a folder.
         prediction: "epsilon", "v_prediction" or "sample", where it differs from what the files
             say, or a single file says nothing.
-        control: ControlNets, in the stead of those that the folder holds: folders, hub ids, or
-            single files.
+        control: ControlNets, or one, in the stead of those that the folder holds: folders, hub
+            ids, single files, or the embedded model's by name (edges, segmentation).
         mesh: devices that hold the parameters; by default the first device alone. `sample` copies
             them to all its devices, unless they are there already.
         rules: (path pattern, PartitionSpec), for parameters that are to be split over the mesh;
@@ -83,7 +83,7 @@ def open_model(
     variant: str = "",
     prediction: str | None = None,
     seed: int = 0,
-    control: Sequence[str | Path] | None = None,
+    control: Sequence[str | Path] | str | Path | None = None,
 ) -> tuple[Model, dict[str, Tensors]]:
     """A model and its tensors by part and path: names and shapes are checked, no values read.
 
@@ -92,6 +92,8 @@ def open_model(
     """
     if prediction not in (None, *PREDICTIONS):
         raise UserError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
+    if isinstance(control, str | Path):
+        control = [control]
     if str(ref).startswith(zoo.PREFIX):
         model, tensors = _open_fresh(str(ref), seed)
         return controls.attach(_predicting(model, prediction), tensors, control or ())

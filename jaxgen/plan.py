@@ -10,6 +10,7 @@ from jaxgen.data import images, prompts
 from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model
 from jaxgen.diffusion import grids
+from jaxgen.diffusion.guidance import SLACK
 from jaxgen.diffusion.schedule import Schedule
 from jaxgen.request import Request, check, kind
 from jaxgen.types import UserError
@@ -63,10 +64,11 @@ def plan(model: Model, request: Request) -> Plan:
     start, share, from_noise = _start(request, edits, _runs_all(model, request, schedule))
     latent = (height // model.factor, width // model.factor, model.vae.config.latent_channels)
     _check_latents(request, latent)
+    grid = grids.grid(schedule, request.steps, start, request.eta, share)
     return Plan(
         request=request,
         schedule=schedule,
-        grid=grids.grid(schedule, request.steps, start, request.eta, share),
+        grid=grid,
         start=start,
         share=share,
         from_noise=from_noise,
@@ -75,7 +77,7 @@ def plan(model: Model, request: Request) -> Plan:
         image=image,
         mask=mask,
         pixel_mask=pixel_mask,
-        hints=_hints(model, request, width, height),
+        hints=_hints(model, request, width, height, grid.length - start),
         texts=[_text(model, prompt, request.negative) for prompt in request.prompts],
         inpaints=inpaints,
         edits=edits,
@@ -145,11 +147,12 @@ def _start(request: Request, edits: bool, runs_all: bool) -> tuple[int, float, b
     return request.steps - count, 1.0, request.mask is not None and strength == 1
 
 
-def _hints(model: Model, request: Request, width: int, height: int) -> list[Hint]:
-    """A hint for each ControlNet, as the network reads it."""
+def _hints(model: Model, request: Request, width: int, height: int, n: int) -> list[Hint]:
+    """A hint for each ControlNet, as the network reads it, of a run of n steps."""
     wanted = request.control
     if isinstance(wanted, Hint | np.ndarray):  # of the one ControlNet
         wanted = [wanted]
+    wanted = wanted if wanted is not None else ()
     nets, given = model.controls, len(wanted)
     if len(nets) != given:
         raise UserError(
@@ -162,6 +165,9 @@ def _hints(model: Model, request: Request, width: int, height: int) -> list[Hint
     for one, net in zip(wanted, nets):
         hint = one if isinstance(one, Hint) else Hint(one)
         hint.check(len(request.prompts))
+        low, high = hint.span
+        if not any(low * n - SLACK <= i <= high * n + SLACK - 1 for i in range(n)):  # as `denoiser`
+            raise UserError(f"control_range {low:g},{high:g} holds none of the {n} steps that run")
         hints.append(hint.at(width, height, net.config.conditioning_channels))
     return hints
 

@@ -69,8 +69,9 @@ class Control(NamedTuple):
     """What a ControlNet is given."""
 
     hint: Array  # [1, H, W, C] in [0, 1] for the whole batch, or one for each image
-    weights: Array  # [1 or B, n + 1] of the residuals: skips, first to last, then the middle
+    weights: Array  # [n + 1] of the residuals: skips, first to last, then the middle
     span: tuple[Array, ...] = ()  # two []: the part of a run in which it acts; without, always
+    texts: tuple[Array, ...] = ()  # [images, G, T, D] `Inputs.text`, if the last of G alone sees it
 
 
 class Inputs(NamedTuple):

@@ -41,7 +41,7 @@ def main(folder: str, name: str) -> None:
 
     for i, caption in enumerate(captions):
         print(f"{i}: {caption}")
-    sheet = images.rows([hints, made, plain])
+    sheet = images.rows([hints, made, plain]).repeat(2, 0).repeat(2, 1)  # large enough to look at
     Image.fromarray(sheet).save(f"control_{name}.png")
 
 

@@ -1,6 +1,5 @@
 """Pictures that follow hints against diffusers' ControlNet pipelines, and folders both ways."""
 
-import dataclasses
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +19,6 @@ from jaxgen import Hint, UserError, controls
 from jaxgen.diffusion.schedule import KINDS as SCHEDULES
 from jaxgen.load import open_model
 from jaxgen.models.controlnet import ControlNet
-from jaxgen.models.controlnet_config import ControlNetConfig
 from jaxgen.sharding import data_mesh
 from jaxgen.trees import flatten
 from tests.test_generate import HEIGHT, IMAGE, LATENTS, MASK, WIDTH, assert_same, make
@@ -164,17 +162,6 @@ def test_a_hint_changes_the_picture_and_a_scale_of_zero_does_not(made):
     assert (ours(pair, 1, [1.0], WHOLE) != plain).any()
 
 
-def test_what_has_not_learned_leaves_the_picture_to_the_bit(made):
-    model, params = jaxgen.load(made("plain", "plain").folder)
-    settings = {"size": (WIDTH, HEIGHT), "steps": 5, "latents": LATENTS, "output": "float"}
-    plain = jaxgen.sample(model, params, "a red apple", **settings)
-    net = ControlNet(ControlNetConfig.of(model.unet.config, model.factor))
-    params |= {"controlnet": net.begun(jax.random.key(0), params["unet"])}
-    model = dataclasses.replace(model, controls=(net,))
-    controlled = jaxgen.sample(model, params, "a red apple", control=HINTS[:1], **settings)
-    np.testing.assert_array_equal(controlled, plain)
-
-
 def test_each_prompt_may_have_a_hint_of_its_own(made):
     pair = made("plain", "plain")
     model, params = jaxgen.load(pair.folder, control=pair.folders[:1])
@@ -313,6 +300,16 @@ def test_what_shapes_do_not_say_is_read_beside_a_file_or_warned_of(
     assert said in caplog.text
 
 
+def test_a_file_that_holds_its_base_too_is_a_controlnet(tmp_path):
+    """As the authors' 1.0."""
+    net = small_but_released()
+    base = {"model.diffusion_model.out.2.bias": torch.ones(4), "first_stage_model.x": torch.ones(1)}
+    save_file(authors(net) | base, tmp_path / "net.safetensors")
+    assert controls.is_control(tmp_path / "net.safetensors")
+    found, _ = controls.open_control(tmp_path / "net.safetensors")
+    assert found == ControlNet.read(dict(net.config), "config.json")
+
+
 def test_a_file_of_differences_is_refused(tmp_path):
     tensors = authors(small_but_released()) | {"difference": torch.ones(1)}
     save_file(tensors, tmp_path / "net.safetensors")
@@ -408,6 +405,8 @@ def test_bad_hints_are_one_line(made, tmp_path):
         ([], "has 1 ControlNet, and 0 hints are given"),
         (good[..., :2], "must be uint8"),
         (Hint(good, span=(0.5, 0.2)), "is not 0 <= from < to <= 1"),
+        (None, "has 1 ControlNet, and 0 hints are given"),
+        (Hint(good, span=(0.51, 0.54)), "range 0.51,0.54 holds none of the 31 steps that run"),
         ([good, good], "has 1 ControlNet, and 2 hints are given"),
         ([good[..., :2]], "must be uint8"),
         ([good.astype(np.float32)], "must be uint8"),

@@ -1,11 +1,13 @@
 """The model that ships: whole, small, the zoo's, and diffusers' to read."""
 
+import dataclasses
 import hashlib
 import shutil
 import subprocess
 from pathlib import Path
 
 import diffusers
+import jax
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,8 @@ from jaxgen.evaluation import clip, judge, report
 from jaxgen.evaluation.fidelity import psnr
 from jaxgen.evaluation.report import Judges
 from jaxgen.load import open_model
+from jaxgen.models.controlnet import ControlNet
+from jaxgen.models.controlnet_config import ControlNetConfig
 from jaxgen.refs import ASSETS, CONTROLS, EMBEDDED, EMBEDDED_CLIP
 from jaxgen.types import UserError
 from sample import demo
@@ -54,7 +58,7 @@ def test_it_ships_in_less_than_forty_megabytes():
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
     assert size_of(ASSETS / "mini") + size_of(ASSETS / "emoji_scenes") < 25e6
-    assert size_of(ASSETS) < 40 * 2**20  # with its ControlNets, the judge, and CLIP's tokenizer
+    assert size_of(ASSETS) < 42e6  # with its ControlNets, the judge, and CLIP's tokenizer
     _, tensors = open_model("mini")
     assert {t.dtype for part in tensors.values() for t in part.values()} == {np.dtype(np.float16)}
     size = sum(np.prod(t.shape) for t in tensors["unet"].values())
@@ -111,6 +115,21 @@ def test_its_controlnets_are_found_by_name_and_steer_as_in_diffusers(name, tmp_p
     assert np.abs(ours.astype(int) - without).max() > 50
 
 
+def test_a_controlnet_that_has_not_learned_leaves_the_picture_to_the_bit():
+    """Compiled as users' runs are; so does one whose scale is zero."""
+    model, params = jaxgen.load()
+    asked = {"prompts": [PROMPT], "steps": 3, "guidance": 4.0, "seed": 1, "output": "float"}
+    plain = jaxgen.sample(model, params, **asked)
+    net = ControlNet(ControlNetConfig.of(model.unet.config, model.factor))
+    begun = params | {"controlnet": net.begun(jax.random.key(0), params["unet"])}
+    hint = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    fresh = dataclasses.replace(model, controls=(net,))
+    np.testing.assert_array_equal(jaxgen.sample(fresh, begun, control=hint, **asked), plain)
+    model, params = jaxgen.load(control="edges")
+    nothing = jaxgen.Hint(hint, scale=0.0)
+    np.testing.assert_array_equal(jaxgen.sample(model, params, control=nothing, **asked), plain)
+
+
 @pytest.mark.parametrize(("name", "least"), [("edges", 0.65), ("segmentation", 0.55)])
 def test_its_controlnets_are_followed(name, least):
     """Far below the card's figures; without control they are 0.47 and 0.29."""
@@ -133,8 +152,9 @@ def test_it_still_does_what_its_card_says():
     assert psnr(copies, np.stack(pictures[:32])).mean() > 23
     made = jaxgen.sample(model, params, captions[:32], steps=10, guidance=4.0, batch=16)
     right = report.evaluate(Judges.read(None), list(made), captions[:32]).right
-    assert right["background"][0] >= 0.75 * right["background"][1]
-    assert right["subject, head"][0] >= 0.3 * right["subject, head"][1]
+    assert right["background"][0] >= 0.9 * right["background"][1]
+    assert right["style"][0] >= 0.6 * right["style"][1]
+    assert right["subject, head"][0] >= 0.5 * right["subject, head"][1]
 
 
 def test_every_file_of_weights_has_its_sum():

@@ -3,8 +3,8 @@
     python train/judge.py --out jaxgen/assets/judge
 
 Scenes of seeds that nothing else uses, rare and held subjects as often as the others. Half of them
-are blurred or noisy, as what an autoencoder makes may be. Some 15 minutes of two CPU cores. Weights
-that are there are replaced in the end, and the card beside them stays.
+are blurred or noisy, as what an autoencoder makes may be. Some 15 to 20 minutes of two CPU cores.
+Weights that are there are replaced in the end, and the card beside them stays.
 """
 
 import itertools
@@ -222,6 +222,7 @@ def write(params: Params, folder: Path) -> None:
         files.save_folder(Path(scratch), judge.STEM, released(halves))
         judge.read(Path(scratch))
         for path in Path(scratch).iterdir():  # one file, as it is small
+            (folder / f"{path.name}{files.SUM}").unlink(missing_ok=True)  # of what was there
             path.replace(folder / path.name)
     files.write_sum(folder / f"{judge.STEM}.safetensors")
 

@@ -21,7 +21,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import resvg_py  # type: ignore[import-not-found]
 from PIL import Image, ImageDraw
 
 OUT = Path(__file__).parents[1] / "jaxgen" / "assets" / "emoji_scenes" / "artwork.zip"
@@ -90,6 +89,8 @@ def article(name: str) -> str:
 
 def drawn(path: Path) -> Image.Image:
     """An SVG file as RGBA pixels."""
+    import resvg_py  # type: ignore[import-not-found]  # of this script alone
+
     png = resvg_py.svg_to_bytes(svg_path=str(path), width=RENDERED, height=RENDERED)
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
@@ -143,13 +144,17 @@ def main(icons: Path, renders: Path) -> None:
     names = [subject["name"] for subject in subjects]
     assert len({*names}) == len(names)
 
-    with zipfile.ZipFile(OUT, "w") as archive:
-        text = json.dumps({"side": SIDE, "columns": COLUMNS, "subjects": subjects}, indent=1)
-        members = {"subjects.json": text.encode()}
-        members |= {f"{style}.webp": sheet(sprites) for style, sprites in sheets.items()}
+    text = json.dumps({"side": SIDE, "columns": COLUMNS, "subjects": subjects}, indent=1)
+    members = {"subjects.json": text.encode()}
+    members |= {f"{style}.webp": sheet(sprites) for style, sprites in sheets.items()}
+    beside = OUT.with_suffix(".new")  # the archive is read while this runs
+    with zipfile.ZipFile(beside, "w") as archive:
         for name, content in members.items():  # dated alike, so that the same input packs the same
             archive.writestr(zipfile.ZipInfo(name), content)
+    beside.replace(OUT)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -15,6 +15,7 @@ from jaxgen.refs import EMBEDDED_CLIP
 from jaxgen.types import UserError
 
 if TYPE_CHECKING:
+    from jaxgen.data.examples import Source
     from jaxgen.evaluation.report import Judges, Report
 
 HELD = "emoji_scenes:validation"
@@ -59,7 +60,7 @@ class Evaluate:
         from jaxgen.evaluation import report  # slow to import
 
         against = self.against or (HELD if self.inception else None)
-        if not self.sources:
+        if not all(self.sources):
             raise UserError("there is nothing to evaluate; name a folder of samples")
         if self.json is not None and (
             self.json.is_dir() or not self.json.absolute().parent.is_dir()
@@ -67,31 +68,42 @@ class Evaluate:
             raise UserError(f"--json {self.json} is no place for a file")
         terminal.use_compile_cache()
         with terminal.notices_after():
+            opened = {ref: self._opened(ref, against) for ref in self.sources}
             judges = report.Judges.read(self.clip, self.inception)
-            found = {ref: self._judged(ref, judges, against) for ref in self.sources}
+            found = {ref: self._judged(judges, *pair) for ref, pair in opened.items()}
         print(report.table(found))
         if self.json is not None:
             config.write_json(self.json, self._record(found, against))
 
-    def _judged(self, ref: str, judges: "Judges", against: str | None) -> "Report":
-        """One source, and as many real pictures as it has."""
+    def _opened(self, ref: str, against: str | None) -> "tuple[Source, int, Source | None]":
+        """One source, how many pictures of it, and what it is compared with."""
         from jaxgen.evaluation import report
 
         source = report.open_pictures(ref)
-        count = len(source) if self.count is None else self.count
+        count = report.counted(source, self.count)
+        if against is None:
+            return source, count, None
+        others = report.open_pictures(against)
+        for name, some in ((ref, count), (against, len(others))):
+            if some < 2:
+                raise UserError(f"{name}: a single picture has no FID or KID; take two or more")
+        if _same(ref, against) and count + min(count, len(others)) > len(others):
+            raise UserError(
+                f"{ref} would be compared with itself: name other pictures (--against), or at "
+                f"most half of its {len(others)} (--count)"
+            )
+        return source, count, others
+
+    def _judged(
+        self, judges: "Judges", source: "Source", count: int, others: "Source | None"
+    ) -> "Report":
+        """The figures of a source, beside as many real pictures if there are."""
+        from jaxgen.evaluation import report
+
         real: list[np.ndarray] = []
-        if against is not None:
-            if count < 2:
-                raise UserError(f"{ref} is a single picture; --against needs two or more")
-            others = report.open_pictures(against)
-            most = min(count, len(others))
-            if _same(ref, against) and count + most > len(others):
-                raise UserError(
-                    f"{ref} would be compared with itself: name other pictures (--against), or at "
-                    f"most half of its {len(others)} (--count)"
-                )
-            real, _ = report.read_all(others, most, last=True, progress=True)
-        images, captions = report.read_all(source, self.count, progress=True)
+        if others is not None:
+            real, _ = report.read_all(others, min(count, len(others)), last=True, progress=True)
+        images, captions = report.read_all(source, count, progress=True)
         return report.evaluate(judges, images, captions, real, progress=True)
 
     def _record(self, found: "dict[str, Report]", against: str | None) -> dict[str, Any]:
@@ -116,5 +128,5 @@ def _same(ref: str, other: str) -> bool:
     """Whether two names are of the same pictures: of one folder, or of one split."""
     if Path(ref).exists() and Path(other).exists():
         return Path(ref).resolve() == Path(other).resolve()
-    whole = (name + ":train" if name == "emoji_scenes" else name for name in (ref, other))
-    return len({*whole}) == 1
+    whole = {"emoji_scenes": "emoji_scenes:train", "emoji_scenes:": "emoji_scenes:train"}
+    return whole.get(ref, ref) == whole.get(other, other)

@@ -88,9 +88,9 @@ class Sample:
     """White is repainted, black stays; of the picture's size."""
     control: Repeated = ()
     """A ControlNet and the hint that it follows: REF=[ANNOTATOR:]FILE[@SCALE]. REF is a folder, a
-    hub id or a single file; ANNOTATOR makes the hint of a photo (canny, hough, soft, scribble; by
-    packages of their own depth, normal, hed, pose) or colours a map of labels (labels for ADE20K's,
-    distinct for others); again for further ones."""
+    hub id, a single file or, of the embedded model, edges or segmentation; ANNOTATOR makes the hint
+    of a photo (canny, hough, soft, scribble; by packages of their own depth, normal, hed, pose) or
+    colours a map of labels (labels for ADE20K's, distinct for others); again for further ones."""
     control_range: Repeated = ()
     """Part of the run in which ControlNets act, as fractions: from,to; one for all, or one each."""
     guess: bool = False

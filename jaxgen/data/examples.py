@@ -189,11 +189,14 @@ def decode(picture: Picture, column: str, name: str, least: int | None = None) -
         ImageOps.exif_transpose(file, in_place=True)
         file.load()
         if column in LABELS:
+            if file.format == "JPEG":
+                raise BadExample(name, f"{column!r} is a JPEG, which blurs the numbers of labels")
             if file.mode not in NUMBERS:
                 raise BadExample(name, f"{column!r} holds colours, not the numbers of labels")
             return np.array(file)
+        background = "white" if column in (*PHOTOS, *MASKS) else "black"  # of hints, lines on black
         plain = file.mode == "RGB" and not file.has_transparency_data
-        rgb = np.array(file) if plain else images.to_rgb(file)[0]
+        rgb = np.array(file) if plain else images.to_rgb(file, background)[0]
         return np.asarray(Image.fromarray(rgb).convert("L")) >= 128 if column in MASKS else rgb
 
 

@@ -133,7 +133,8 @@ def read(text: str, span: tuple[float, float] = (0.0, 1.0), ref: str = "") -> Hi
     name = f"{ref}={name}" if ref else name
     if annotator in annotators.OF_FILES:
         return Hint(annotators.OF_FILES[annotator](Path(file)), scale, span, name)
-    return Hint(read_image(Path(file)), scale, span, name, annotator)
+    background = "white" if annotator else "black"  # of photos, and of lines
+    return Hint(read_image(Path(file), background), scale, span, name, annotator)
 
 
 def _source(text: str) -> tuple[str, str, float]:
@@ -162,7 +163,9 @@ def _scaled(text: str) -> tuple[str, float]:
     except ValueError:
         scale = math.nan
     if not math.isfinite(scale):
-        raise UserError(f"the scale {number!r} after the @ of {text} is not a number")
+        raise UserError(
+            f"the scale {number!r} after the @ of {text} is not a number, and there is no such file"
+        )
     return file, scale
 
 

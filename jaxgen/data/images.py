@@ -33,11 +33,11 @@ SAMPLERS = {
 logger = logging.getLogger(__name__)
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, background: str = "white") -> np.ndarray:
     """A picture file as uint8 [H, W, 3], upright as its EXIF orientation says.
 
-    What is transparent is composited on white, which is said once. Grey becomes three equal
-    channels; 16 bits are rounded to 8.
+    What is transparent is composited on the background, which is said once. Grey becomes three
+    equal channels; 16 bits are rounded to 8.
 
     Raises:
         UserError: for a file that is missing, truncated, of no known format, or has more than
@@ -61,15 +61,15 @@ def read_image(path: Path) -> np.ndarray:
             raise _too_large(path, f"{width}x{height} = {width * height} pixels")
         try:
             upright = ImageOps.exif_transpose(file)
-            rgb, clear = to_rgb(upright)
+            rgb, clear = to_rgb(upright, background)
         except Exception as error:  # decoders raise a dozen types at damaged data
             raise _unreadable(path, error) from None
     if clear:
-        warn_once("transparent pictures are composited on white")
+        warn_once(f"transparent pictures are composited on {background}")
     return rgb
 
 
-def to_rgb(image: Image.Image) -> tuple[np.ndarray, bool]:
+def to_rgb(image: Image.Image, background: str = "white") -> tuple[np.ndarray, bool]:
     """A picture of any mode -> (uint8 [H, W, 3], whether anything of it was transparent)."""
     if image.mode == "F":
         raise ValueError("it holds floating-point values, whose range is unknown")
@@ -81,8 +81,8 @@ def to_rgb(image: Image.Image) -> tuple[np.ndarray, bool]:
         return np.array(image.convert("RGB")), False
     rgba = image.convert("RGBA")
     lowest, _ = rgba.getchannel("A").getextrema()
-    white = Image.new("RGBA", image.size, "white")
-    return np.array(Image.alpha_composite(white, rgba).convert("RGB")), lowest != 255
+    below = Image.new("RGBA", image.size, background)
+    return np.array(Image.alpha_composite(below, rgba).convert("RGB")), lowest != 255
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

@@ -163,6 +163,11 @@ def _resized(image: np.ndarray, side: int) -> np.ndarray:
     if (height, width) == (side, side):
         return image
     short = min(height, width)
+    most = 4 * short  # the rest of a strip is far from the middle, and could fill the memory
+    if max(height, width) > most:
+        top, left = (max(0, (n - most) // 2) for n in (height, width))
+        image = image[top : top + most, left : left + most]
+        height, width = image.shape[:2]
     new = (side * width // short, side * height // short)
     picture = Image.fromarray(image).resize(new, Image.Resampling.BICUBIC)
     left, top = ((n - side) // 2 for n in new)

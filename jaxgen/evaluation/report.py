@@ -100,6 +100,14 @@ def _is_sampled(ref: str) -> bool:
     return (Path(ref) / SAMPLES).is_file() and not (Path(ref) / METADATA).is_file()
 
 
+def counted(source: Source, count: int | None) -> int:
+    """How many pictures of a source are asked for. UserError for more than there are, and none."""
+    count = len(source) if count is None else count
+    if not 0 < count <= len(source):
+        raise UserError(f"count {count} is not from 1 to {len(source)}, which {source.ref} has")
+    return count
+
+
 def read_all(
     source: Source, count: int | None, last: bool = False, progress: bool = False
 ) -> tuple[list[np.ndarray], list[str]]:
@@ -108,9 +116,7 @@ def read_all(
     Raises:
         UserError: for more than there are or fit in memory, and for a bad one, by name.
     """
-    count = len(source) if count is None else count
-    if not 0 < count <= len(source):
-        raise UserError(f"count {count} is not from 1 to {len(source)}, which {source.ref} has")
+    count = counted(source, count)
     first = len(source) - count if last else 0
     images, captions, room = [], [], MOST
     for i in tqdm(range(count), f"reading {source.ref}", leave=False, disable=not progress):

@@ -66,12 +66,13 @@ class ControlNet(TextToImage):
             )
         if model.pipeline not in CONTROLLED:
             raise UserError(f"diffusers has no {model.pipeline} with ControlNets to be saved for")
-        if model.controls and self.hint_widths:
-            raise UserError("hint_widths is of fresh ControlNets, and this goes on from one")
         if not model.controls:
             config = ControlNetConfig.of(model.unet.config, model.factor, self.hint_widths)
             model = replace(model, controls=(Network(config),))
         (net,) = model.controls
+        widths = net.config.conditioning_embedding_out_channels
+        if self.hint_widths not in ((), widths):
+            raise UserError(f"hint_widths = {self.hint_widths}, and this goes on from {widths}")
         net = replace(net, remat=model.unet.remat, middle_only=self.links == "middle")
         model = denoising.scheduled(self, replace(model, controls=(net,)))
         freed = replace(self, learn=(*self.learn, *(DECODER if self.unlocked else ())))
@@ -124,7 +125,7 @@ def _init(net: Network, rest: Any, key: Array, given: Params) -> Params:
 def _follow(residuals: int, params: Params, batch: Batch) -> dict[str, Any]:
     """The hint of each example, as the network is given it."""
     hint = batch["hint"].astype(jnp.float32) / 255
-    return {"controls": (Control(hint, jnp.ones((1, residuals))),)}
+    return {"controls": (Control(hint, jnp.ones(residuals)),)}
 
 
 def _finished(model: Model, params: Params, batches: Any, learned: Any) -> Model:

@@ -80,7 +80,7 @@ FLOATS = tuple(_DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
 
 
 def open_file(path: Path) -> Tensors:
-    """The tensors of one safetensors file, by key; no values are read yet.
+    """The tensors of one safetensors file, by key; no values are read yet, but for a sum's.
 
     What a tensor reads is a view of the file, which must not change until it has been copied.
 
@@ -114,7 +114,7 @@ def open_file(path: Path) -> Tensors:
         what = "is damaged, truncated or not safetensors" if seen[0] else "is empty"
         raise UserError(f"{path} {what} ({error}); download it again") from None
     said = _sums(path)
-    if said.is_file() and said.read_text("utf-8", "replace").split()[:1] != [_digest(file)]:
+    if said.is_file() and _digest(file) not in said.read_text("utf-8", "replace").lower():
         raise UserError(f"{path} is damaged: it is not what {said.name} says; download it again")
 
     def tensor(key: str) -> Tensor:
@@ -147,8 +147,10 @@ def _digest(file: BufferedReader) -> str:
 
 def write_sum(path: Path) -> None:
     """Writes beside a file of weights what it must hold, for `open_file` (and `sha256sum -c`)."""
+    beside = path.with_name(f".{path.name}{SUM}")
     with path.open("rb") as file:
-        _sums(path).write_text(f"{_digest(file)}  {path.name}\n", "utf-8")
+        beside.write_text(f"{_digest(file)}  {path.name}\n", "utf-8")
+    beside.replace(_sums(path))
 
 
 def _state(file: BufferedReader) -> tuple[int, int]:

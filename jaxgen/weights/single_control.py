@@ -14,6 +14,7 @@ from jaxgen.weights.single_scheduler import yaml_beside
 log = logging.getLogger(__name__)
 
 _PREFIX = "control_model."
+_DIFFERENCE = "difference"  # a key of files that hold a ControlNet less its base
 _HINT = "controlnet_cond_embedding"
 
 
@@ -30,7 +31,7 @@ def read(tensors: Tensors, where: str) -> tuple[dict[str, Any], Tensors]:
     Raises:
         UserError: for a file that is none.
     """
-    if "difference" in tensors:
+    if _DIFFERENCE in tensors:
         raise UserError(f"{where} holds differences from a base, which are to be added to it first")
     inner = {k.removeprefix(_PREFIX): t for k, t in tensors.items() if k.startswith(_PREFIX)}
     part = inner or tensors
@@ -42,6 +43,12 @@ def read(tensors: Tensors, where: str) -> tuple[dict[str, Any], Tensors]:
         return _config(part), part
     except UserError as error:
         raise UserError(f"{where} {error}") from None
+
+
+def holds(tensors: Tensors) -> bool:
+    """Whether these are of a ControlNet: alone, beside its base, or as differences from one."""
+    keys = (_PREFIX, "input_hint_block.", f"{_HINT}.")
+    return _DIFFERENCE in tensors or any(key.startswith(keys) for key in tensors)
 
 
 def told(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
-from jaxgen import denoiser
+from jaxgen import denoiser, flops
 from jaxgen.denoiser import Network
 from jaxgen.models.controlnet import ControlNet
 from jaxgen.models.unet import UNet
@@ -47,6 +47,15 @@ def pair(seed=0, **fields):
     """Theirs, ours, and the parameters of both."""
     theirs = randomise(ControlNetModel(**TINY | fields), seed)
     return theirs, ControlNet.read(dict(theirs.config), "config.json"), params_of(theirs)
+
+
+def base(family):
+    """The UNet that such ControlNets belong to."""
+    fields = KINDS[family]
+    whole = TINY | blocks(True, False) | {"sample_size": 8} | fields
+    whole.pop("conditioning_embedding_out_channels")
+    up = {"up_block_types": XL["up_block_types"]} if fields is LARGE else {}
+    return randomise(UNet2DConditionModel(**whole | up))
 
 
 def added(config, rows=2):
@@ -105,15 +114,7 @@ def test_an_image_under_several_conditions_is_those_rows_side_by_side(family, hi
 @pytest.mark.parametrize("family", ["1.x", "2.x", "XL"])
 def test_unet_with_two_controls_matches_diffusers(family):
     """Residuals add up, each by its weights, and one hint may serve a whole batch."""
-    fields = KINDS[family]
-    whole = TINY | blocks(True, False) | {"sample_size": 8} | fields
-    whole.pop("conditioning_embedding_out_channels")
-    unet = randomise(
-        UNet2DConditionModel(
-            **whole | ({"up_block_types": XL["up_block_types"]} if fields is LARGE else {})
-        )
-    )
-    nets = [pair(1, **fields), pair(2, **fields)]
+    unet, nets = base(family), [pair(i, **KINDS[family]) for i in (1, 2)]
     x, text = noise(2, 4, 6, 8), noise(2, 5, 12, seed=2)
     ours_added, theirs_added = added(nets[0][1].config.encoder)
     scales, hints = (0.7, 1.3), [torch.rand(1, 3, 24, 32) for _ in nets]
@@ -134,7 +135,7 @@ def test_unet_with_two_controls_matches_diffusers(family):
     network = Network(UNet.read(dict(unet.config), "unet"), tuple(net for _, net, _ in nets))
     params = {"unet": params_of(unet), "controlnet": nets[0][2], "controlnet_1": nets[1][2]}
     controls = tuple(
-        Control(nhwc(hint), np.full((1, len(total)), scale, np.float32))
+        Control(nhwc(hint), np.full(len(total), scale, np.float32))
         for scale, hint in zip(scales, hints, strict=True)
     )
     inputs = Inputs(text.numpy(), added=ours_added, controls=controls)
@@ -161,7 +162,7 @@ def test_what_has_not_learned_leaves_the_prediction_to_the_bit():
     x, text = jnp.asarray(nhwc(noise(2, 4, 6, 8))), noise(2, 5, 12).numpy()
     control = Control(
         np.random.rand(1, 24, 32, 3).astype(np.float32),
-        np.ones((1, net.config.residuals), np.float32),
+        np.ones(net.config.residuals, np.float32),
     )
 
     def predict(network, params, inputs):
@@ -173,6 +174,33 @@ def test_what_has_not_learned_leaves_the_prediction_to_the_bit():
         lambda p: predict(Network(unet, (net,)), p, Inputs(text, controls=(control,)))
     )({"unet": base, "controlnet": params})
     assert np.array_equal(plain, controlled)
+
+
+@pytest.mark.parametrize("family", ["XL"])
+def test_where_the_last_condition_alone_sees_the_hint_the_copy_runs_for_that(family):
+    """The others are predicted as without it, and less is computed."""
+    unet, (_, net, params) = base(family), pair(1, **KINDS[family])
+    network = Network(UNet.read(dict(unet.config), "unet"), (net,))
+    params = {"unet": params_of(unet), "controlnet": params}
+    x, text = nhwc(noise(2, 4, 6, 8)), noise(4, 5, 12, seed=2).numpy()
+    told, _ = added(net.config.encoder, rows=4)
+    weights = np.linspace(0.1, 1, net.config.residuals, dtype=np.float32)
+    everyone = Control(np.random.default_rng(0).random((1, 24, 32, 3), np.float32), weights)
+    alone = everyone._replace(texts=(text.reshape(2, 2, *text.shape[1:]),))
+    nobody = everyone._replace(weights=0 * weights)
+
+    def predict(params, x, control):
+        inputs = Inputs(text, added=told, controls=(control,))
+        bound = denoiser.bind(network, params, denoiser.prepare(network, params, inputs))
+        return bound(x, SimpleNamespace(time=500.0, scale=1.0))
+
+    everywhere, last, plain = (
+        quick_jit(predict)(params, x, control) for control in (everyone, alone, nobody)
+    )
+    assert error(last[1::2], everywhere[1::2]) < TOLERANCE
+    assert error(last[::2], plain[::2]) < TOLERANCE
+    assert error(plain, everywhere) > 0.01
+    assert flops.count(predict, params, x, alone) < 0.9 * flops.count(predict, params, x, everyone)
 
 
 def test_it_begins_as_diffusers_lets_it():

@@ -58,7 +58,9 @@ def data(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("unlocked", [False, True], ids=["locked", "unlocked"])
+@pytest.mark.parametrize(
+    "unlocked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["locked", "unlocked"]
+)
 def test_ten_steps_are_those_of_a_pytorch_loop(unlocked, data):
     net = from_unet(UNet2DConditionModel.from_pretrained(TINY, subfolder="unet"))
     net.save_pretrained(data / "net")
@@ -265,6 +267,16 @@ def test_the_encoder_of_hints_is_as_wide_as_asked(data):
     ours = {path: leaf.shape for path, leaf in trees.flatten(trees.shapes(net.init)).items()}
     assert ours == {path: leaf.shape for path, leaf in trees.flatten(params_of(theirs)).items()}
     assert ours["controlnet_cond_embedding/conv_out/kernel"][2] == 12
+
+
+def test_what_goes_on_from_a_controlnet_has_its_widths(data):
+    net = from_unet(UNet2DConditionModel.from_pretrained(TINY, subfolder="unet"))
+    net.save_pretrained(data / "net")
+    task = ControlNet(control=str(data / "net"), hint_widths=(4, 8, 12))
+    setup.open_task(recipe_for(data, task))
+    other = dataclasses.replace(task, hint_widths=(4, 8, 16))
+    with pytest.raises(UserError, match=r"hint_widths .* this goes on from \(4, 8, 12\)"):
+        setup.open_task(recipe_for(data, other))
 
 
 @pytest.mark.parametrize(

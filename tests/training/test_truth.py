@@ -26,9 +26,9 @@ from tests.torch_oracle import quick_jit
 TINY = Path("tests/assets/tiny")
 STEPS, BATCH = 10, 4
 TASKS = {
-    "epsilon": TextToImage(),
-    "v and zero SNR": TextToImage(prediction="v_prediction", zero_snr=True),
-    "min-SNR of v": TextToImage(prediction="v_prediction", snr_gamma=5.0),
+    "min-SNR of v and zero SNR": TextToImage(
+        prediction="v_prediction", zero_snr=True, snr_gamma=5.0
+    ),
     "min-SNR and more noise": TextToImage(snr_gamma=5.0, offset_noise=0.1, input_perturbation=0.1),
     # Not random: where all is hidden, this VAE's norms divide by next to nothing.
     "inpainting": Inpainting(masks="data"),

@@ -36,8 +36,9 @@ def distinct(file: Path) -> np.ndarray:
 def normal(file: Path) -> np.ndarray:
     """Normals of a picture of depth, grey of 8 or 16 bits, near is bright; or of a photo.
 
-    Of a picture with colours, a network finds the depth first. That a grey one is taken for depth,
-    and not for a photo in black and white, is said.
+    Slopes are those at one size, as of the network's depth. Of a picture with colours, a network
+    finds the depth first. That a grey one is taken for depth, and not for a photo in black and
+    white, is said.
 
     Raises:
         UserError: for what is no picture, and for a photo without the network's packages.
@@ -49,7 +50,11 @@ def normal(file: Path) -> np.ndarray:
     with Image.open(file, formats=images.FORMATS) as stored:
         deep = stored.mode.startswith("I")  # 16 bits, which `read_image` rounds to 8
         near = np.asarray(ImageOps.exif_transpose(stored)) if deep else picture[..., 0]
-    return maps.normals(near, relief=RELIEF)
+    height, width = near.shape
+    size = [round(side * networks.SIDE / min(near.shape)) for side in (width, height)]
+    sized = Image.fromarray(near.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+    depth = np.clip(np.asarray(sized), near.min(), near.max())  # which it overshoots
+    return images.resize(maps.normals(depth, relief=RELIEF), width, height)
 
 
 def _coloured(file: Path, palette: np.ndarray, which: str) -> np.ndarray:
@@ -66,6 +71,8 @@ def _read_labels(file: Path) -> np.ndarray:
     """Integers [H, W], upright. UserError for what holds colours, or cannot be read."""
     try:
         with examples.opened(file, str(file)) as stored:
+            if stored.format == "JPEG":
+                raise BadExample(str(file), "a JPEG blurs the numbers of labels; take a PNG")
             flat = stored.mode in examples.NUMBERS
             found = np.asarray(ImageOps.exif_transpose(stored)) if flat else np.zeros(0)
     except BadExample as error:

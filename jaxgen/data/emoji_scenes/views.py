@@ -17,7 +17,7 @@ STREAM = 1 << 62  # no scene draws from a stream with this bit
 
 
 class Views(NamedTuple):
-    """Pictures of one subject alone: `demos`, and `demo_captions`."""
+    """Pictures of one subject alone."""
 
     images: np.ndarray  # uint8 [K, 64, 64, 3]
     masks: np.ndarray  # bool [K, 64, 64]
