@@ -60,7 +60,7 @@ class Evaluate:
         from jaxgen.evaluation import report  # slow to import
 
         against = self.against or (HELD if self.inception else None)
-        if not all(self.sources):
+        if not self.sources or not all(self.sources):
             raise UserError("there is nothing to evaluate; name a folder of samples")
         if self.json is not None and (
             self.json.is_dir() or not self.json.absolute().parent.is_dir()

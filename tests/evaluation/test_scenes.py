@@ -199,6 +199,11 @@ BAD = {
     "no folder": (["nowhere"], "nowhere"),
     "too many": (["emoji_scenes:held", "--count", "3001"], "count 3001 is not from 1 to 3000"),
     "nothing": ([], "there is nothing to evaluate"),
+    "no name": ([""], "there is nothing to evaluate"),
+    "one picture": (
+        ["emoji_scenes:test", "--count", "1", "--against", "emoji_scenes:validation"],
+        "emoji_scenes:test: a single picture has no FID or KID",
+    ),
     "itself": (
         ["emoji_scenes", "--count", "60000", "--against", "emoji_scenes:train"],
         "emoji_scenes would be compared with itself: name other pictures (--against), or at most",
