@@ -10,8 +10,8 @@ import sys
 
 PROMPTS = [
     "a red apple left of an owl, flat style, on a blue background",
-    "a large fox, 3D style, on a green background",
-    "a rocket above a pizza, line art style, on a yellow striped background",
+    "a pine tree to the right of a fox, 3D style, on a blue striped background",
+    "a cactus above a crab, flat style, on a yellow striped background",
     "a panda, flat style, on a pink background",
 ]
 
