@@ -3,8 +3,8 @@
     jaxgen train configs/mini_segmentation.py
 
 Hints are maps of labels, a colour for each subject (`--task.palette distinct`), black for the
-background. Everything else is as in configs/mini_edges.py. What ships went on once more, on the
-base that ships:
+background. Everything else is as in configs/mini_edges.py. What ships went on twice, on
+bases that had learned on: 2000 steps with seed 12, then, on the base that ships:
 
     jaxgen train configs/mini_segmentation.py --task.control segmentation --seed 13 \\
         --steps 2500 --out runs/on

@@ -10,7 +10,7 @@ from jaxgen.data import images, prompts
 from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model
 from jaxgen.diffusion import grids
-from jaxgen.diffusion.guidance import SLACK
+from jaxgen.diffusion.guidance import holds_a_step
 from jaxgen.diffusion.schedule import Schedule
 from jaxgen.request import Request, check, kind
 from jaxgen.types import UserError
@@ -165,8 +165,8 @@ def _hints(model: Model, request: Request, width: int, height: int, n: int) -> l
     for one, net in zip(wanted, nets):
         hint = one if isinstance(one, Hint) else Hint(one)
         hint.check(len(request.prompts))
-        low, high = hint.span
-        if not any(low * n - SLACK <= i <= high * n + SLACK - 1 for i in range(n)):  # as `denoiser`
+        if not holds_a_step(hint.span, n):
+            low, high = hint.span
             raise UserError(f"control_range {low:g},{high:g} holds none of the {n} steps that run")
         hints.append(hint.at(width, height, net.config.conditioning_channels))
     return hints

@@ -7,6 +7,12 @@ from jaxgen.types import Array, Denoiser, Point, at_least_float32
 SLACK = 1e-3  # of a step: 0.3 of 10 steps is 3, however 0.3 is rounded
 
 
+def holds_a_step(span: tuple[float, float], steps: int) -> bool:
+    """Whether any step of a run of so many is within a span, fractions of it, as a whole."""
+    low, high = (share * steps for share in span)
+    return any(low - SLACK <= i and i + 1 <= high + SLACK for i in range(steps))
+
+
 def guide(
     denoise: Denoiser,
     scales: Array,

@@ -15,6 +15,7 @@ from jaxgen import conditioning, denoiser, generate, sharding
 from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model, Network
 from jaxgen.diffusion import inversion, shell
+from jaxgen.diffusion.guidance import holds_a_step
 from jaxgen.plan import Plan, plan
 from jaxgen.seedselect.seeds import read
 from jaxgen.types import Array, Cache, Params, Point, UserError
@@ -78,6 +79,9 @@ def inverted(
     """
     request = checked.request
     hints = [_of_prompt(hint, prompt) for hint in checked.hints]
+    for i, hint in enumerate(hints):
+        if not holds_a_step(hint.span, STEPS):  # less than a step here: it does not act
+            hints[i] = dataclasses.replace(hint, scale=0.0, span=(0.0, 1.0))
     asked = dataclasses.replace(
         request, prompts=[request.prompts[prompt]], sampler="ddim", steps=STEPS, guidance=1.0,
         negative="", rescale=0.0, guidance_interval=(0.0, 1.0), image_guidance=None,

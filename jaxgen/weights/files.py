@@ -114,7 +114,11 @@ def open_file(path: Path) -> Tensors:
         what = "is damaged, truncated or not safetensors" if seen[0] else "is empty"
         raise UserError(f"{path} {what} ({error}); download it again") from None
     said = _sums(path)
-    if said.is_file() and _digest(file) not in said.read_text("utf-8", "replace").lower():
+    try:
+        same = not said.is_file() or _digest(file) in said.read_text("utf-8", "replace").lower()
+    except OSError as error:
+        raise UserError(f"cannot read {path} and {said.name}: {error.strerror}") from None
+    if not same:
         raise UserError(f"{path} is damaged: it is not what {said.name} says; download it again")
 
     def tensor(key: str) -> Tensor:
@@ -247,6 +251,7 @@ def save_folder(
     if len(shards) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
         index.write_text(json.dumps(content, indent=2) + "\n")
+        _sums(whole).unlink(missing_ok=True)
         whole.unlink(missing_ok=True)  # left by an earlier save, it would be read instead
     else:
         index.unlink(missing_ok=True)

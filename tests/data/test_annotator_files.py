@@ -116,3 +116,9 @@ def test_normals_of_a_photo_go_through_the_network(tmp_path, monkeypatch):
     Image.fromarray(photo).save(tmp_path / "photo.png")
     OF_FILES["normal"](tmp_path / "photo.png")
     np.testing.assert_array_equal(seen[0], photo)
+
+
+def test_a_strip_is_no_picture_of_depth(tmp_path):
+    Image.fromarray(np.zeros((1, 5000), np.uint8)).save(tmp_path / "strip.png")
+    with pytest.raises(UserError, match="is a strip of 5000x1"):
+        OF_FILES["normal"](tmp_path / "strip.png")

@@ -11,8 +11,10 @@ from jaxgen.data.examples import BadExample
 from jaxgen.types import UserError
 
 # Of a picture of depth, which has no unit: a step of 8 bits then tilts by a third of a right angle,
-# so that flat stays flat. MiDaS' own depth, whose steps are finer, has a larger range.
+# at the network's size, so that flat stays flat. MiDaS' own depth, whose steps are finer, has a
+# larger range.
 RELIEF = 255.0
+LONGEST = 16  # times as long as wide: what is longer would fill the memory at the network's size
 
 
 def labels(file: Path) -> np.ndarray:
@@ -44,13 +46,15 @@ def normal(file: Path) -> np.ndarray:
         UserError: for what is no picture, and for a photo without the network's packages.
     """
     picture = images.read_image(file)
+    height, width = picture.shape[:2]
+    if max(height, width) > LONGEST * min(height, width):
+        raise UserError(f"{file} is a strip of {width}x{height}, which is no picture of depth")
     if (picture != picture[..., :1]).any():
         return networks.normal(picture)
     images.warn_once(f"{file} is grey, and is taken for depth (near is bright), not for a photo")
     with Image.open(file, formats=images.FORMATS) as stored:
         deep = stored.mode.startswith("I")  # 16 bits, which `read_image` rounds to 8
         near = np.asarray(ImageOps.exif_transpose(stored)) if deep else picture[..., 0]
-    height, width = near.shape
     size = [round(side * networks.SIDE / min(near.shape)) for side in (width, height)]
     sized = Image.fromarray(near.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
     depth = np.clip(np.asarray(sized), near.min(), near.max())  # which it overshoots
