@@ -84,7 +84,9 @@ def test_normals_do_not_depend_on_the_size_of_the_file(tmp_path):
         near.resize((side, side), Image.Resampling.BICUBIC).convert("I;16").save(tmp_path / "a.png")
         shown = Image.fromarray(OF_FILES["normal"](tmp_path / "a.png")).resize((96, 96))
         found.append(np.asarray(shown).astype(int))
-    assert np.abs(found[0] - found[1])[4:-4, 4:-4].max() <= 8  # thrice the slope is sixty off
+    off = np.abs(found[0] - found[1])[4:-4, 4:-4]
+    assert off.mean() <= 0.5  # by slopes of the file's own pixels 15,
+    assert off.max() <= 8  # and 67; what is left is where "far" begins
     assert np.ptp(found[0][4:-4, 4:-4]) > 60
 
 
