@@ -63,4 +63,4 @@ def test_the_gradient_brightens_the_picture(program, capsys):
 @pytest.mark.parametrize("name", ["edges", "segmentation"])
 def test_what_follows_a_hint_is_shown_between_hints_and_what_does_not(program, name):
     program("control", name, folder="mini")
-    assert pixels(f"control_{name}.png").shape == (3 * 68 - 4, 6 * 68 - 4, 3)
+    assert pixels(f"control_{name}.png").shape == (2 * (3 * 68 - 4), 2 * (6 * 68 - 4), 3)
