@@ -106,7 +106,7 @@ def test_a_seed_is_found_and_replayed(here, capsys):
     assert "was found under sampler ddim (here euler)" in capsys.readouterr().err
 
 
-def test_norm_aware_starts_and_edict(here):
+def test_norm_aware_starts_replay_from_two_devices(here):
     few = ("--steps", "3", "--iterations", "2", "--guidance", "2", "--batch", "2")  # two devices
     rare = ("--distance", "euclidean", "--subset", "2", "--truncate", "2", "--remat")
     select("an owl", *few, "--start", "nao", "--count", "2", *rare)
@@ -115,6 +115,10 @@ def test_norm_aware_starts_and_edict(here):
     same = ("--steps", "3", "--guidance", "2", "--sampler", "ddim", "--model", "tiny")
     run("sample", "an owl", *same, "--latents", "out/seeds/00001.npz", "--out", "nao")
     assert np.abs(pixels("nao/00000.png") - pixels("out/00001.png")).max() <= 1
+
+
+@pytest.mark.slow
+def test_a_seed_of_edict_replays(here):
     select("an owl", *OPTIONS, "--sampler", "edict", out="edict")
     same = ("--steps", "3", "--guidance", "2", "--sampler", "edict", "--model", "tiny")
     run("sample", "an owl", *same, "--latents", "edict/seed.npz", "--out", "again")

@@ -133,6 +133,10 @@ CASES = {  # base, kind, how many, scales, spans, settings
         "plain", "plain", 2, [0.6, 1.2], [(0.0, 0.6), (0.3, 1.0)],
         {"image": IMAGE, "strength": 0.7, "steps": 10},
     ),
+    "guess, image": (
+        "plain", "plain", 2, [1.0, 0.5], WHOLE,
+        {"image": IMAGE, "strength": 0.7, "guess": True, "guidance": 4.0},
+    ),
     "mask": ("plain", "plain", 1, [0.9], WHOLE, {"image": IMAGE, "mask": MASK, "strength": 1.0}),
     "two, mask, spans": (
         "plain", "plain", 2, [0.6, 1.2], [(0.0, 0.6), (0.3, 1.0)],

@@ -135,7 +135,7 @@ def test_each_image_of_a_batch_has_its_own_time():
     assert error(both[1:], alone) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["1.x", "inpainting", "XL", "distilled"])  # what inputs there are
 def test_an_image_under_several_conditions_is_those_rows_side_by_side(kind):
     fields, sides, time = KINDS[kind]
     _, unet, params = pair(**fields)

@@ -171,7 +171,11 @@ def test_loss_and_gradient_are_those_of_autograd(compiled, form):
     assert error(gradient, slopes) <= 1e-6
 
 
-@pytest.mark.parametrize(("form", "bound"), [(FORMS[0], 1e-3), (FORMS[1], 1e-2)], ids=str)
+@pytest.mark.parametrize(
+    ("form", "bound"),
+    [(FORMS[0], 1e-3), pytest.param(FORMS[1], 1e-2, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_float32_is_near(compiled, form, bound):
     loss, gradient = compiled(False, *form)(SEED)
     expected, slopes = from_torch(*form)
@@ -197,6 +201,7 @@ def test_what_saves_memory_changes_no_gradient(compiled):
     assert error(gradient, slopes) <= 1e-10
 
 
+@pytest.mark.slow
 def test_plain_is_the_same(compiled, monkeypatch):
     """Steps one after the other in Python, and nothing that is computed again."""
 

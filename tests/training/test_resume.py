@@ -80,9 +80,7 @@ def test_a_signal_saves_and_exits_well(runs, whole, tmp_path, number):
     assert_same(out, whole)
 
 
-def test_two_processes_are_one_and_stop_together(runs, whole, tmp_path):
-    said = runs.together(tmp_path / "both", stop=2)
-    assert all("goes on from there" in text for text in said)
+def test_two_processes_are_one(runs, whole, tmp_path):
     runs.together(tmp_path / "both")
     # The config's epsilon is no smaller than gradients are: else Adam's first steps are signs, and
     # make a step of a rounding.
@@ -92,9 +90,10 @@ def test_two_processes_are_one_and_stop_together(runs, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_that_stopped_end_bit_identical(runs, tmp_path):
+def test_two_processes_stop_together_and_end_bit_identical(runs, tmp_path):
     runs.together(tmp_path / "both")
-    runs.together(tmp_path / "stopped", stop=2)
+    said = runs.together(tmp_path / "stopped", stop=2)
+    assert all("goes on from there" in text for text in said)
     runs.together(tmp_path / "stopped")
     assert_same(tmp_path / "stopped", tmp_path / "both")
 
@@ -122,6 +121,7 @@ command(["train", *sys.argv[1:]])
 """
 
 
+@pytest.mark.slow
 def test_where_one_process_fails_all_save_and_end(runs, tmp_path):
     program = tmp_path / "fails.py"
     program.write_text(FAILS.format(root=ROOT))

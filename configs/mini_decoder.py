@@ -1,0 +1,23 @@
+"""The embedded model's decoder, learned on beside an encoder that stays as it is.
+
+    jaxgen train configs/mini_decoder.py
+
+After configs/mini_vae.py, whose latents it keeps, so that it may be made before or after the UNet
+and serves ControlNets of before. Muon, with five times the rate of the UNet's config, learns this
+much faster than the AdamW of the first run. Numbers are the project's own.
+"""
+
+from pathlib import Path
+
+from jaxgen.training.recipe import EMA, Autoencoder, Images, Muon, Train
+
+config = Train(
+    task=Autoencoder(model="mini", learn=("vae/post_quant_conv/", "vae/decoder/"), kl=0),
+    data=Images(source="emoji_scenes", size=64),
+    optimizer=Muon(learning_rate=5e-3, warmup=50, schedule="linear", weight_decay=1e-2),
+    ema=EMA(decay=0.99),
+    batch_size=8,
+    steps=12_000,
+    save_every=400,
+    out=Path("runs/mini_decoder"),
+)
