@@ -203,13 +203,19 @@ import sample
 pipe, _ = sample.load_torch(Path(sys.argv[1]))
 picture = pipe({PROMPT!r}, num_inference_steps={STEPS}, height={SIDE}, width={SIDE}).images[0]
 picture.save(sys.argv[2])
+def device():
+    import torch
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
 """
 OURS_IMAGE = f"""
-import sys, jaxgen
+import sys, jax, jaxgen
 from PIL import Image
-model, params = jaxgen.load(sys.argv[1])
+dtype = "f32" if jax.default_backend() == "cpu" else "bf16"
+model, params = jaxgen.load(sys.argv[1], dtype=dtype)
 picture = jaxgen.sample(model, params, {PROMPT!r}, steps={STEPS}, size=({SIDE}, {SIDE}))[0]
 Image.fromarray(picture).save(sys.argv[2])
+def device():
+    return (jax.local_devices()[0].memory_stats() or {{}}).get("peak_bytes_in_use", 0) / 1e9
 """
 WATCHED = """
 import threading, time, runpy, sys
@@ -224,12 +230,12 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 sys.argv = sys.argv[1:]
 exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))
-print("PEAK", *peak)
+print("PEAK", *peak, device())
 """
 
 
 def memory(folder: Path) -> list[tuple[str, float, float]]:
-    """Peak memory of a process that loads and makes one image: anonymous, and resident."""
+    """Peak memory of a process that loads and makes one image, of the host and of a GPU."""
     peaks = []
     with tempfile.TemporaryDirectory() as scratch:
         watcher = Path(scratch) / "watch.py"
@@ -246,12 +252,15 @@ def memory(folder: Path) -> list[tuple[str, float, float]]:
             ]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks.append([float(x) for x in done.stdout.split("PEAK")[1].split()])
-    names = ("peak anonymous memory, load and image", "peak resident memory, load and image")
-    return [(name, a, b) for name, a, b in zip(names, *peaks)]
+    kinds = ("anonymous", "resident", "device")
+    names = [f"peak {kind} memory, load and image" for kind in kinds]
+    return [(name, a, b) for name, a, b in zip(names, *peaks) if a and b]
 
 
 def commands(folder: Path, scratch: Path) -> None:
     """Wall time of whole processes: load, 4 steps, picture written."""
+    import jax
+
     script = scratch / "torch_image.py"
     script.write_text(TORCH_IMAGE)
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled")}
@@ -261,6 +270,7 @@ def commands(folder: Path, scratch: Path) -> None:
     }
     ours = [sys.executable, "-m", "jaxgen", "sample", PROMPT, "--model", str(folder)]
     ours += ["--steps", str(STEPS), "--size", f"{SIDE}x{SIDE}", "--out", str(scratch / "out")]
+    ours += [] if jax.default_backend() == "cpu" else ["--dtype", "bf16"]
     theirs = [sys.executable, str(script), str(folder), str(scratch / "picture.png")]
 
     def wall(command: list[str]) -> float:

@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        _parse(arguments).run()
+        with terminal.interruptible():
+            _parse(arguments).run()
     except UserError as error:  # raised where a bad value enters; everything else is our bug
         print(f"jaxgen: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

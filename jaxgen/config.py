@@ -103,6 +103,16 @@ def check_positive(value: Any, *names: str) -> None:
             raise UserError(f"{name} = {numbers} is not above zero")
 
 
+def check_size(value: Any) -> None:
+    """UserError unless a config's `sample_size`, where there is one, is a side, or two."""
+    size = value.sample_size
+    if size is None:
+        return
+    check_positive(value, "sample_size")
+    if isinstance(size, tuple) and len(size) != 2:
+        raise UserError(f"sample_size = {size} is neither one number nor two")
+
+
 class AnyOf(tuple):
     """Several supported values of one fixed field."""
 

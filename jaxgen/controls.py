@@ -77,13 +77,8 @@ def _open(path: Path, variant: str) -> tuple[ControlNet, Tensors]:
     else:
         if not any(path.iterdir()):
             raise UserError(f"{path} is empty; a ControlNet's folder holds config.json and weights")
-        net, released = CONTROLNET.open(path, _of(path, variant))
+        net, released = CONTROLNET.open(path, files.variant_of(path, variant))
     return net, checked(net, released, str(path))
-
-
-def _of(folder: Path, variant: str) -> str:
-    """A base's variant where a folder has files of it, too; else plain ones serve."""
-    return variant if variant and any(folder.glob(f"*.{variant}*")) else ""
 
 
 def _trained_with_another(path: Path, base: Tensors, variant: str) -> bool:
@@ -96,7 +91,7 @@ def _trained_with_another(path: Path, base: Tensors, variant: str) -> bool:
     unet = PARTS["unet"]
     try:
         folder = path.parent / unet.folder
-        beside = files.open_folder(folder, unet.stem, _of(folder, variant))
+        beside = files.open_folder(folder, unet.stem, files.variant_of(folder, variant))
         one, two = beside["conv_out.bias"].numpy(), base["conv_out/bias"].numpy()
         coarse = min(one.dtype, two.dtype, key=lambda kind: kind.itemsize)
         return not np.array_equal(one.astype(coarse), two.astype(coarse))

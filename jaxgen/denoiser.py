@@ -17,6 +17,12 @@ from jaxgen.models.unet import UNet
 from jaxgen.models.vae import VAE
 from jaxgen.types import Array, Cache, Control, Denoiser, Inputs, Params, Point, Residuals
 
+CONTROLLED = {  # diffusers' pipelines with ControlNets, by what each is without
+    "StableDiffusionPipeline": "StableDiffusionControlNetPipeline",
+    "StableDiffusionImg2ImgPipeline": "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline": "StableDiffusionControlNetInpaintPipeline",
+}
+
 
 @dataclass(frozen=True)
 class Network:

@@ -78,9 +78,7 @@ def run(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The images of a plan as they are finished: (index in prompt-major order, image)."""
     mesh = mesh or mesh_for(checked)
-    devices = mesh.size
-    batch = checked.request.batch or devices * (1 if jax.default_backend() == "cpu" else 4)
-    batch = -(-min(batch, checked.total) // devices) * devices
+    batch = batch_of(checked, mesh.size)
     params = sharding.replicate(params, mesh)
     pictures = sharding.replicate(conditioning.encode_pictures(model, params, checked), mesh)
     groups = list(batches(checked, batch))
@@ -96,6 +94,12 @@ def mesh_for(checked: Plan) -> Mesh:
     return sharding.data_mesh(
         min(len(jax.devices()), checked.total, checked.request.batch or checked.total)
     )
+
+
+def batch_of(checked: Plan, devices: int) -> int:
+    """Images at once, the same for each device, and no more than the request allows."""
+    allowed = checked.request.batch or devices * (1 if jax.default_backend() == "cpu" else 4)
+    return devices * max(1, min(allowed // devices, -(-checked.total // devices)))
 
 
 def batches(checked: Plan, batch: int, wanted: Sequence[int] | None = None) -> Iterator[list[int]]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxgen import config, controls, sharding, trees, zoo
 from jaxgen.data.tokenizer import Tokenizer
-from jaxgen.denoiser import Model, control_names
+from jaxgen.denoiser import CONTROLLED, Model, control_names
 from jaxgen.models.clip import TextEncoder
 from jaxgen.models.unet import UNet
 from jaxgen.parts import PARTS, checked
@@ -33,11 +33,6 @@ PIPELINES = (
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
-CONTROLLED = {  # by what each pipeline is without ControlNets
-    "StableDiffusionPipeline": "StableDiffusionControlNetPipeline",
-    "StableDiffusionImg2ImgPipeline": "StableDiffusionControlNetImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline": "StableDiffusionControlNetInpaintPipeline",
-}
 CLIP_TOKENIZER = ASSETS / "clip_tokenizer"
 
 
@@ -175,8 +170,11 @@ def _open_folder(path: Path, variant: str) -> tuple[Model, dict[str, Tensors]]:
             + (" (SDXL's UNet is supported, whole SDXL folders are not yet)" * ("XL" in pipeline))
         )
     networks, tensors = {}, {}
+    variants = {p.folder: files.variant_of(path / p.folder, variant) for p in PARTS.values()}
+    if variant and not any(variants.values()):
+        raise UserError(f"no part of {path} has files of variant {variant}; leave it out")
     for name, part in PARTS.items():
-        networks[name], tensors[name] = part.open(path / part.folder, variant)
+        networks[name], tensors[name] = part.open(path / part.folder, variants[part.folder])
     where = path / "scheduler" / "scheduler_config.json"
     scheduler = config.read_json(where)
     if not isinstance(scheduler.get("_class_name"), str):

@@ -162,8 +162,13 @@ class Writer:
         images.save_png(self.folder / name, image, text)
         # After the picture, on one line: who reads the list finds every file it names.
         line = json.dumps({"file_name": name} | settings, ensure_ascii=False) + "\n"
-        with self.list.open("a", encoding="utf-8", errors="replace") as file:
-            file.write(line)  # half a surrogate pair, from a badly decoded argument, has no UTF-8
+        before = self.list.stat().st_size if self.list.exists() else 0
+        try:
+            with self.list.open("a", encoding="utf-8", errors="replace") as file:
+                file.write(line)  # half a surrogate pair, from a bad argument, has no UTF-8
+        except OSError:  # a full disk: the list stays one of whole lines
+            os.truncate(self.list, before)
+            raise
         self.count += 1
 
     def _further(self) -> dict[str, Any]:
@@ -187,7 +192,7 @@ class Writer:
         if request.guidance_interval != (0.0, 1.0):
             further["guidance_interval"] = "{:g} to {:g}".format(*request.guidance_interval)
         if checked.image.size and not checked.edits:
-            further["denoising_strength"] = 0.8 if request.strength is None else request.strength
+            further["denoising_strength"] = checked.strength
         return further
 
     def _settings(self, index: int) -> dict[str, Any]:

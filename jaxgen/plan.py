@@ -8,9 +8,8 @@ import numpy as np
 
 from jaxgen.data import images, prompts
 from jaxgen.data.hints import Hint
-from jaxgen.denoiser import Model
-from jaxgen.diffusion import grids
-from jaxgen.diffusion.guidance import holds_a_step
+from jaxgen.denoiser import CONTROLLED, Model
+from jaxgen.diffusion import grids, guidance
 from jaxgen.diffusion.schedule import Schedule
 from jaxgen.request import Request, check, kind
 from jaxgen.types import UserError
@@ -24,6 +23,7 @@ class Plan:
     schedule: Schedule
     grid: grids.Grid
     start: int  # first row of the grid that is run
+    strength: float  # of image to image: the share of the run that is left of its steps
     share: float  # of the timesteps of a latent consistency model, over which the grid is spread
     from_noise: bool  # whether the run starts from pure noise, not from the noised image
     size: tuple[int, int]  # width, height in pixels
@@ -61,15 +61,19 @@ def plan(model: Model, request: Request) -> Plan:
         )
 
     schedule = read_schedule(model, request.sampler, request.karras)
-    start, share, from_noise = _start(request, edits, _runs_all(model, request, schedule))
+    strength = 0.8 if request.strength is None else request.strength
+    runs_all = _runs_all(model, request, schedule)
+    start, share, from_noise = _start(request, strength, edits, runs_all)
     latent = (height // model.factor, width // model.factor, model.vae.config.latent_channels)
     _check_latents(request, latent)
     grid = grids.grid(schedule, request.steps, start, request.eta, share)
+    _check_interval(request, start, grid.length)
     return Plan(
         request=request,
         schedule=schedule,
         grid=grid,
         start=start,
+        strength=strength,
         share=share,
         from_noise=from_noise,
         size=size,
@@ -85,17 +89,24 @@ def plan(model: Model, request: Request) -> Plan:
     )
 
 
-def read_schedule(model: Model, sampler: str | None, karras: bool = False) -> Schedule:
-    """The model's schedule for a sampler, its own by default."""
+def read_schedule(model: Model, sampler: str | None, karras: bool | None = None) -> Schedule:
+    """The model's schedule for a sampler, its own by default.
+
+    Files that say, or leave it to old defaults, that latents are clipped or that timesteps begin at
+    0 are outdated, and diffusers' pipelines for text to image read them so, too; those for editing
+    and of latent consistency take a file at its word.
+    """
     where = f"{model.name}: scheduler_config.json"
     schedule = Schedule.read(model.scheduler, sampler, where)
-    if karras:
-        if schedule.sampler not in ("euler", "dpmpp"):
-            raise UserError(
-                f"karras belongs to the samplers euler and dpmpp, not to {schedule.sampler}"
-            )
-        schedule = dataclasses.replace(schedule, use_karras_sigmas=True)
-    return schedule
+    if model.pipeline in CONTROLLED:
+        schedule = dataclasses.replace(schedule, clip_sample=False, steps_offset=1)
+    if karras is None:
+        return schedule
+    if karras and schedule.sampler not in ("euler", "dpmpp"):
+        raise UserError(
+            f"karras belongs to the samplers euler and dpmpp, not to {schedule.sampler}"
+        )
+    return dataclasses.replace(schedule, use_karras_sigmas=karras)
 
 
 def _size(model: Model, request: Request) -> tuple[int, int]:
@@ -129,11 +140,12 @@ def _runs_all(model: Model, request: Request, schedule: Schedule) -> bool:
     return model.distilled and schedule.sampler == "lcm" and plain
 
 
-def _start(request: Request, edits: bool, runs_all: bool) -> tuple[int, float, bool]:
+def _start(
+    request: Request, strength: float, edits: bool, runs_all: bool
+) -> tuple[int, float, bool]:
     """The first step to run, the share of an LCM's timesteps, and whether it is from pure noise."""
     if request.image is None or edits:
         return 0, 1.0, True
-    strength = 0.8 if request.strength is None else request.strength
     if runs_all:
         return 0, strength, False
     # In double precision: int(100 * 0.29) is 28, and would be 29 in float32.
@@ -145,6 +157,15 @@ def _start(request: Request, edits: bool, runs_all: bool) -> tuple[int, float, b
         )
     # As in diffusers: only inpainting at full strength forgets the picture altogether.
     return request.steps - count, 1.0, request.mask is not None and strength == 1
+
+
+def _check_interval(request: Request, start: int, length: int) -> None:
+    """UserError where no step that runs is guided, which no one means by an interval."""
+    low, high = request.guidance_interval
+    if not any(guidance.acts(i, length, low, high) for i in range(start, length)):
+        raise UserError(
+            f"guidance_interval {low:g},{high:g} holds none of the {length - start} steps that run"
+        )
 
 
 def _hints(model: Model, request: Request, width: int, height: int, n: int) -> list[Hint]:
@@ -165,7 +186,7 @@ def _hints(model: Model, request: Request, width: int, height: int, n: int) -> l
     for one, net in zip(wanted, nets):
         hint = one if isinstance(one, Hint) else Hint(one)
         hint.check(len(request.prompts))
-        if not holds_a_step(hint.span, n):
+        if not guidance.holds_a_step(hint.span, n):
             low, high = hint.span
             raise UserError(f"control_range {low:g},{high:g} holds none of the {n} steps that run")
         hints.append(hint.at(width, height, net.config.conditioning_channels))

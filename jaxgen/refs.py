@@ -54,5 +54,6 @@ def _fetched(ref: str, path: Path, what: str, variant: str = "") -> Path:
     if what == "ControlNet" and ref == path.name and CONTROLS.is_dir():
         beside += [p.name for p in CONTROLS.iterdir() if p.is_dir()]
     close = difflib.get_close_matches(path.name, beside, 1)
-    hint = f"; did you mean {path.parent / close[0]}?" if close else ""
-    raise UserError(f"no {what} folder or file {path}{hint}")
+    may_be = "name a folder, a .safetensors file, or organisation/name on the hub"
+    hint = f"did you mean {path.parent / close[0]}?" if close else may_be
+    raise UserError(f"no {what} folder or file {path}; {hint}")

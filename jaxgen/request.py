@@ -32,7 +32,8 @@ class Request:
         rescale: share of the guided prediction brought back to the contrast of the unguided one.
         guidance_interval: part of the run, as fractions, in which guidance acts.
         eta: DDIM's share of fresh noise, 0 to 1.
-        karras: noise levels of Karras et al. 2022 (euler and dpmpp).
+        karras: noise levels of Karras et al. 2022 (euler and dpmpp); None is as the model's file
+            says.
         clip_skip: layers of the text encoder left out at its end, for the prompts alone.
         seed: 0 to 2**32 - 1.
         count: images per prompt.
@@ -60,7 +61,7 @@ class Request:
     rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     eta: float = 0.0
-    karras: bool = False
+    karras: bool | None = None
     clip_skip: int = 0
     seed: int = 0
     count: int = 1

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxgen import config, locks
-from jaxgen.denoiser import Model, control_names
-from jaxgen.load import CONTROLLED
+from jaxgen.denoiser import CONTROLLED, Model, control_names
 from jaxgen.models.controlnet import ControlNet
 from jaxgen.parts import CONTROLNET, PARTS, released
 from jaxgen.types import Params, UserError
 from jaxgen.weights import files
+
+FORMAT = "0.42.1"  # the diffusers whose folders these are, which asks for it in some of them
 
 
 def save(model: Model, params: Params, folder: str | Path) -> None:
@@ -50,7 +51,7 @@ def check_new(folder: Path) -> None:
 
 def _write(model: Model, params: Params, folder: Path) -> None:
     pipeline = CONTROLLED[model.pipeline] if model.controls else model.pipeline
-    index: dict[str, Any] = {"_class_name": pipeline}
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": FORMAT}
     for name, part in PARTS.items():
         projected = name == "text_encoder" and model.text_encoder.projected
         class_name = part.class_name + "WithProjection" * projected

@@ -1,11 +1,13 @@
 """What the command says and how it reads words: tyro's messages in one line, notices, values."""
 
+import _thread
 import contextlib
 import io
 import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,13 +83,38 @@ def notices_at_once() -> Iterator[None]:
         logger.propagate = before
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends what runs within, whenever it comes.
+
+    Where Python calls back in the midst of something else, as JAX has it do while it collects
+    garbage, an exception is reported and lost: a loop of steps would go on. It is raised again.
+    """
+    before = sys.unraisablehook
+
+    def again(lost: Any) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            before(lost)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
 def use_compile_cache() -> None:
     """Compiled programs are kept between runs, unless the user's own settings say where."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, in a container
+        return
     jax.config.update("jax_compilation_cache_dir", str(home / "jaxgen" / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

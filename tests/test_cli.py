@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from jaxgen import cli, generate, locks, output
+from jaxgen import cli, generate, locks, output, terminal
 from jaxgen.commands import sample as commands_sample
 from jaxgen.data import images, latents
 from jaxgen.load import open_model
@@ -183,8 +184,12 @@ def test_half_precision_goes_to_files(here, capsys):
         "float16"
     }
     run("info", "half", "--variant", "fp16", code=2)
-    assert "has no diffusion_pytorch_model.fp16.safetensors" in capsys.readouterr().err
+    assert "no part of half has files of variant fp16" in capsys.readouterr().err
     Path("half" + UNET[4:]).rename("half/unet/diffusion_pytorch_model.fp16.safetensors")
+    run("info", "half", "--variant", "fp16")  # of the other parts plain files serve
+    assert capsys.readouterr().err == ""
+    run("info", "half")
+    assert "half/unet holds no plain weights; those of fp16 serve" in capsys.readouterr().err
     shutil.copy(UNET, "half/unet")
     for part in ("vae", "text_encoder"):
         (path,) = Path("half", part).glob("*.safetensors")
@@ -386,6 +391,7 @@ BAD = {
         ["tiny"],
         "tokenizer/vocab.json",
     ),
+    "interval of no step": (None, ["tiny", "--guidance-interval", "0.52,0.54"], "none of the 31"),
     "interval upside down": (None, ["tiny", "--guidance-interval", "0.8,0.2"], "0.8,0.2"),
     "guidance beyond float32": (None, ["tiny", "--guidance", "1e39"], "guidance = 1e+39"),
     "negative seed": (None, ["tiny", "--seed", "-1"], "seed = -1"),
@@ -569,6 +575,27 @@ def test_a_hub_id_offline_says_what_to_do(here, capsys, monkeypatch):
     assert len(lines) == 1
     assert "nobody/nothing-here" in lines[0]
     assert "copy the model folder here" in lines[0]
+
+
+def test_ctrl_c_is_not_lost_where_python_calls_back():
+    """As in garbage collection, in which JAX has it call: an exception ends nothing there."""
+
+    class Thing:
+        pass
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    def loop():
+        thing = Thing()
+        watch = weakref.ref(thing, interrupted)
+        with terminal.interruptible():
+            del thing
+            assert watch() is None
+            time.sleep(20)
+
+    with pytest.raises(KeyboardInterrupt):
+        loop()
 
 
 def test_ctrl_c_leaves_only_finished_images(here):

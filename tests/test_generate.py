@@ -17,6 +17,8 @@ from PIL import Image
 import jaxgen
 from jaxgen import generate
 from jaxgen.diffusion.schedule import KINDS
+from jaxgen.plan import plan
+from jaxgen.request import Request
 from jaxgen.sharding import data_mesh
 from tests.torch_oracle import error, nhwc, randomise
 
@@ -37,7 +39,9 @@ VARIANTS = {  # name: pipeline, what its UNet has beyond the tiny one
     "inpaint": ("StableDiffusionInpaint", {"in_channels": 9}),
     "edit": ("StableDiffusionInstructPix2Pix", {"in_channels": 8}),
     "lcm": ("LatentConsistencyModel", {"time_cond_proj_dim": 16}),
+    "outdated": ("StableDiffusion", {}),
 }
+STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 KEYWORDS = {
     "guidance": "guidance_scale",
     "image_guidance": "image_guidance_scale",
@@ -65,6 +69,10 @@ def make(name, folder):
     pipe.save_pretrained(folder)
     shutil.rmtree(folder / "tokenizer")  # transformers 5 writes no vocab.json
     shutil.copytree(TINY / "tokenizer", folder / "tokenizer")
+    if name == "outdated":  # as files were before pipelines asked for other values
+        scheduler = diffusers.DDIMScheduler.from_config({**STABLE, "steps_offset": 0})
+        scheduler.save_pretrained(folder / "scheduler")
+        parts["scheduler"] = scheduler  # whose clip_sample is true
     return SimpleNamespace(kind=kind, parts=parts, ours=jaxgen.load(folder))
 
 
@@ -251,6 +259,23 @@ def test_a_weight_multiplies_embeddings_and_the_mean_is_restored(variant, theirs
     expected = theirs("plain", None, prompt_embeds=weighted, negative_prompt_embeds=negative)
     assert_same(ours(made, "a (red:2) apple"), expected)
     assert (ours(made, "a (red:2) apple") != ours(made)).any()
+
+
+@pytest.mark.parametrize("more", [{}, {"image": IMAGE, "strength": 0.6}], ids=["text", "image"])
+def test_a_scheduler_file_that_clips_and_begins_at_zero_is_read_as_pipelines_do(
+    more, variant, theirs
+):
+    made = variant("outdated")
+    assert made.ours[0].scheduler["clip_sample"]
+    assert_same(ours(made, **more), theirs("outdated", "a red apple", **more))
+
+
+def test_no_more_images_at_once_than_are_allowed(variant):
+    model, _ = variant("plain").ours
+    cases = [(20, 12, 8, 8), (20, 16, 8, 16), (5, 64, 2, 6), (9, 3, 8, 8)]
+    for total, batch, devices, rows in cases:
+        asked = Request(prompts=["a"], count=total, batch=batch)
+        assert generate.batch_of(plan(model, asked), devices) == rows
 
 
 def test_a_weight_of_one_changes_nothing(variant):

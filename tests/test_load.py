@@ -179,7 +179,7 @@ def test_a_misspelt_folder_is_met_with_a_suggestion(folder):
 def test_arguments_out_of_range_are_named(folder):
     refused(TINY, "dtype 'f8' is not one of f32, bf16", dtype="f8")
     refused(TINY, "prediction 'eps' is not one of epsilon, v_prediction", prediction="eps")
-    refused(TINY, "has no diffusion_pytorch_model.fp16.safetensors", variant="fp16")
+    refused(TINY, "has files of variant fp16; leave it out", variant="fp16")
     refused(folder / "model_index.json", "not safetensors")
 
 

@@ -23,6 +23,14 @@ def tiny():
     return jaxgen.load(TINY)
 
 
+def test_karras_may_be_turned_off(tiny):
+    model, _ = tiny
+    model = dataclasses.replace(model, scheduler=model.scheduler | {"use_karras_sigmas": True})
+    for karras, found in ((None, True), (False, False), (True, True)):
+        checked = plan(model, Request(prompts=["a"], sampler="euler", karras=karras))
+        assert checked.schedule.use_karras_sigmas == found
+
+
 BAD = {
     "a float image": ({"image": IMAGE / 255}, "image is float64 [64, 64, 3], and must be uint8"),
     "a grey image": ({"image": IMAGE[..., 0]}, "image is uint8 [64, 64], and must be"),

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -17,6 +17,7 @@ import jaxgen
 from jaxgen import trees
 from jaxgen.types import UserError
 from jaxgen.weights import files
+from tests.test_generate import make
 from tests.weights.test_single_file import ldm_clip, ldm_unet, ldm_vae
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -79,6 +80,15 @@ def test_diffusers_draws_the_same_picture_from_what_was_saved(pipeline, tmp_path
     jaxgen.save(*jaxgen.load(TINY), tmp_path / "out")
     saved = StableDiffusionPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False)
     np.testing.assert_array_equal(drawn(saved), drawn(pipeline))
+
+
+@pytest.mark.parametrize("name", ["inpaint", "edit", "lcm"])
+def test_diffusers_loads_what_was_saved_of_every_pipeline(name, tmp_path):
+    made = make(name, tmp_path / "theirs")
+    jaxgen.save(*made.ours, tmp_path / "out")
+    saved = DiffusionPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False)
+    assert type(saved).__name__ == f"{made.kind}Pipeline"
+    equal(weights_of(tmp_path / "out"), weights_of(tmp_path / "theirs"))
 
 
 def test_a_folder_that_diffusers_wrote_loads(pipeline, tmp_path):

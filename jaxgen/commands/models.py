@@ -22,7 +22,7 @@ class Info:
     """Which of a folder's files to read, where it holds several: fp16, ..."""
 
     def run(self) -> None:
-        """Reads headers alone."""
+        """Reads headers alone; what a hub id names is fetched first."""
         with terminal.notices_after():
             say = describe_control if controls.is_control(self.ref) else describe
             text = say(self.ref, self.variant)
@@ -43,7 +43,7 @@ class Convert:
     dst: Positional[Path]
     """A new or empty folder."""
     dtype: str | None = None
-    """f32, bf16 or f16; by default each tensor keeps its own."""
+    """f32, bf16 or f16; by default each tensor keeps its own (float64 becomes float32)."""
     prediction: str | None = None
     """What the network predicts, where a single file does not say: epsilon, v_prediction or
     sample."""

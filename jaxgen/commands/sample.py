@@ -67,8 +67,8 @@ class Sample:
     """Part of the run in which guidance acts, as fractions: from,to."""
     eta: float = 0.0
     """DDIM's share of fresh noise, 0 to 1."""
-    karras: bool = False
-    """Noise levels of Karras et al. 2022, for euler and dpmpp."""
+    karras: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Noise levels of Karras et al. 2022, for euler and dpmpp; without, as the model says."""
     clip_skip: int = 0
     """Layers of the text encoder to leave out at its end, for the prompt; not for the negative."""
     seed: int = 0
@@ -153,7 +153,7 @@ class Sample:
             rescale=self.rescale,
             guidance_interval=terminal.read_pair(self.guidance_interval, "--guidance-interval"),
             eta=self.eta,
-            karras=self.karras,
+            karras=self.karras or None,
             clip_skip=self.clip_skip,
             seed=self.seed,
             count=self.count,

@@ -104,10 +104,12 @@ def warn_once(message: str) -> None:
 def read_mask(path: Path) -> np.ndarray:
     """A mask file as bool [H, W]: True, to be repainted, where it is white (luminance >= 128).
 
+    Where it is transparent nothing is drawn, and so nothing is repainted.
+
     Raises:
         UserError: as `read_image` does.
     """
-    return np.asarray(Image.fromarray(read_image(path)).convert("L")) >= 128
+    return np.asarray(Image.fromarray(read_image(path, "black")).convert("L")) >= 128
 
 
 def check_mask(mask: np.ndarray, size: tuple[int, int]) -> None:

@@ -1,5 +1,7 @@
 """Guidance: several predictions of one network, combined before they are converted."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from jaxgen.types import Array, Denoiser, Point, at_least_float32
@@ -11,6 +13,11 @@ def holds_a_step(span: tuple[float, float], steps: int) -> bool:
     """Whether any step of a run of so many is within a span, fractions of it, as a whole."""
     low, high = (share * steps for share in span)
     return any(low - SLACK <= i and i + 1 <= high + SLACK for i in range(steps))
+
+
+def acts(index: Any, steps: Any, low: Any, high: Any) -> Any:
+    """Whether guidance acts on a step of so many: low <= index / steps < high."""
+    return (index >= low * steps - SLACK) & (index < high * steps - SLACK)
 
 
 def guide(
@@ -47,10 +54,7 @@ def guide(
         e = branches[:, 0] + jnp.einsum("j,bj...->b...", scales, jnp.diff(branches, axis=1))
         e = rescale * (e * _std_ratio(last, e)) + (1 - rescale) * e
 
-        acts = (point.index >= low * point.steps - SLACK) & (
-            point.index < high * point.steps - SLACK
-        )
-        return jnp.where(acts, e, last)
+        return jnp.where(acts(point.index, point.steps, low, high), e, last)
 
     return guided
 

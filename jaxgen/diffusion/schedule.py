@@ -110,7 +110,13 @@ KINDS = {
     ),
 }
 KINDS["edict"] = KINDS["ddim"]  # the same points; no class of diffusers has its step
-_KNOWN = {key for kind in KINDS.values() for key in (*kind.fields, *kind.fixed)}
+# Of files of UniPC, which is no sampler of ours, but whose files any sampler may be asked to read.
+_OTHERS = {"disable_corrector", "predict_x0", "shift_terminal", "solver_p"}
+_KNOWN = {key for kind in KINDS.values() for key in (*kind.fields, *kind.fixed)} | _OTHERS
+_AS_DPM = {  # how DPMSolverMultistepScheduler reads what is theirs, and DEIS'
+    ("algorithm_type", "deis"): "dpmsolver++",
+    **{("solver_type", name): "midpoint" for name in ("logrho", "bh1", "bh2")},
+}
 _CHOICES = {
     "sampler": tuple(KINDS),
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -206,6 +212,8 @@ class Schedule:
         # How the network was trained is no sampler's to drop: PNDM has to refuse a zero SNR.
         ours = {*kind.fields, *kind.fixed, *_ZERO_SNR}
         data = {k: v for k, v in config.items() if k in ours or k not in _KNOWN}
+        if sampler == "dpmpp":
+            data = {k: _AS_DPM.get((k, str(v)), v) for k, v in data.items()}
         data = kind.fields | data | {"sampler": sampler}
         return configs.parse(cls, data, kind.fixed, f"{where} as {kind.name}")
 

@@ -124,8 +124,13 @@ def _attend_chunked(q: Array, k: Array, v: Array) -> Array:
     rows = min(length, max(MIN_ROWS, SCORES // (k.shape[1] * together)))
     blocks = -(-length // rows)
 
+    # Heads of all images at once are merged with the images' axis first: merged the other way, a
+    # batch that is spread over devices would have to be gathered.
+    one = together == batch * heads
+    first = (0, 2, 1, 3) if one else (2, 0, 1, 3)
+
     def grouped(x: Array) -> Array:  # [B, T, N, D] -> [N * B / together, together, T, D]
-        return x.transpose(2, 0, 1, 3).reshape(-1, together, x.shape[1], width)
+        return x.transpose(first).reshape(-1, together, x.shape[1], width)
 
     def attend_group(group: tuple[Array, Array, Array]) -> Array:
         q, k, v = group
@@ -136,6 +141,8 @@ def _attend_chunked(q: Array, k: Array, v: Array) -> Array:
         return jnp.moveaxis(out, 0, 1).reshape(together, blocks * rows, width)[:, :length]
 
     out = lax.map(attend_group, (grouped(q), grouped(k), grouped(v)))
+    if one:
+        return out.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
     return out.reshape(heads, batch, length, width).transpose(1, 2, 0, 3)
 
 

@@ -56,6 +56,7 @@ class UNetConfig:
             self.addition_time_embed_dim and self.projection_class_embeddings_input_dim
         ):
             raise UserError("addition_embed_type 'text_time' lacks the widths of its embedding")
+        config.check_size(self)
         numbers = ("block_out_channels", "in_channels", "out_channels", "cross_attention_dim")
         config.check_positive(self, *numbers, "norm_num_groups")
         heads = "num_attention_heads" if self.num_attention_heads else "attention_head_dim"

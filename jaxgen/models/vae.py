@@ -47,6 +47,7 @@ class VAEConfig:
         config.check_positive(
             self, *numbers, "latent_channels", "norm_num_groups", "scaling_factor"
         )
+        config.check_size(self)
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise UserError(f"{self.norm_num_groups} norm_num_groups do not divide {width}")
@@ -60,7 +61,8 @@ class VAEConfig:
     def tile(self) -> int:
         """Side of a tile, in latents, where large images are decoded in tiles; as in diffusers.
 
-        A multiple of 4, of whose tiles a quarter overlaps.
+        A multiple of 4, of which a quarter overlaps: another size is rounded down, which is not so
+        there.
         """
         size = self.sample_size if isinstance(self.sample_size, int) else self.sample_size[0]
         return max(size // self.factor // 4, 1) * 4

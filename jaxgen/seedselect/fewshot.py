@@ -149,7 +149,7 @@ class Dataset:
         whole, _, rest = where.read_text("utf-8").rpartition("\n")
         if rest:
             where.write_text(whole + "\n" * bool(whole), "utf-8")
-        for line in whole.splitlines():
+        for line in filter(None, whole.split("\n")):
             try:
                 found.add(json.loads(line)["file_name"])
             except (ValueError, KeyError, TypeError):

@@ -85,7 +85,7 @@ def inverted(
     asked = dataclasses.replace(
         request, prompts=[request.prompts[prompt]], sampler="ddim", steps=STEPS, guidance=1.0,
         negative="", rescale=0.0, guidance_interval=(0.0, 1.0), image_guidance=None,
-        eta=0.0, karras=False, count=1, control=hints, latents=None,
+        eta=0.0, karras=None, count=1, control=hints, latents=None,
     )  # fmt: skip
     alone, size = plan(model, asked), mesh.size
     pictures = sharding.replicate(conditioning.encode_pictures(model, params, alone), mesh)

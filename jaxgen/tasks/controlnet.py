@@ -10,8 +10,7 @@ import numpy as np
 from jaxgen.data.annotators import ANNOTATORS, lines, maps
 from jaxgen.data.hints import fit
 from jaxgen.data.images import warn_once
-from jaxgen.denoiser import Model
-from jaxgen.load import CONTROLLED
+from jaxgen.denoiser import CONTROLLED, Model
 from jaxgen.models.controlnet import ControlNet as Network
 from jaxgen.models.controlnet_config import ControlNetConfig
 from jaxgen.tasks import denoising

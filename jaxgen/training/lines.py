@@ -50,7 +50,7 @@ def keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for text in path.read_text("utf-8", errors="replace").splitlines():
+    for text in path.read_text("utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(text)["step"] <= step:
                 kept.append(text + "\n")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import zlib
@@ -18,6 +19,7 @@ from safetensors.numpy import save_file
 from jaxgen.config import read_json
 from jaxgen.types import UserError
 
+log = logging.getLogger(__name__)
 Slices = tuple[slice, ...]
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 SUM = ".sha256"  # a file beside one of weights, as sha256sum writes it, says what that must hold
@@ -89,7 +91,7 @@ def open_file(path: Path) -> Tensors:
             another format, and for those that are not what a `.sha256` beside them says; each names
             the file and the way out.
     """
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise UserError(
             f"{path} is a pickle, which can run code when read; convert it to safetensors first "
             "(diffusers: load it and save_pretrained(..., safe_serialization=True))"
@@ -163,6 +165,11 @@ def _state(file: BufferedReader) -> tuple[int, int]:
     return now.st_size, now.st_mtime_ns
 
 
+def variant_of(folder: Path, variant: str) -> str:
+    """A variant where a folder has files of it; else none, so that plain ones serve."""
+    return variant if variant and any(folder.glob(f"*.{variant}*")) else ""
+
+
 def open_folder(folder: Path, stem: str, variant: str = "") -> Tensors:
     """The tensors of one part of a model folder, sharded or not.
 
@@ -175,14 +182,15 @@ def open_folder(folder: Path, stem: str, variant: str = "") -> Tensors:
     for name in [variant] if variant else ["", "fp16", "bf16", "non_ema", "ema_only"]:
         infix = f".{name}" if name else ""
         whole = folder / f"{stem}{infix}.safetensors"
-        if whole.is_file():
-            return open_file(whole)
-        for index in (
-            f"{stem}.safetensors.index{infix}.json",
-            f"{stem}{infix}.safetensors.index.json",
-        ):
-            if (folder / index).is_file():
-                return _open_shards(folder / index)
+        indices = (
+            folder / f"{stem}.safetensors.index{infix}.json",
+            folder / f"{stem}{infix}.safetensors.index.json",
+        )
+        found = next((path for path in (whole, *indices) if path.is_file()), None)
+        if found and name != variant:
+            log.warning("%s holds no plain weights; those of %s serve", folder, name)
+        if found:
+            return open_file(found) if found == whole else _open_shards(found)
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
     if pickles:
         raise UserError(

@@ -41,10 +41,13 @@ def is_whole(folder: Path, variant: str = "", kind: str = MODEL) -> bool:
     for index in folder.rglob("*.safetensors.index*.json"):
         shards = set(read_json(index).get("weight_map", {}).values())
         needed += [str(index.parent.relative_to(folder) / shard) for shard in shards]
-    pattern = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+    pattern = "*.safetensors"
     if kind == PART:
+        pattern = f"*.{variant}*.safetensors" if variant else pattern
         needed.append("config.json")
         return any(folder.glob(pattern)) and all((folder / name).is_file() for name in needed)
+    if variant and not any(folder.glob(f"*/*.{variant}*.safetensors")):
+        return False  # parts without the variant are read from plain files
     needed += ["model_index.json", "scheduler/scheduler_config.json"]
     needed += [f"{part}/config.json" for part in PARTS[:3]]
     weights = [any((folder / part).glob(pattern)) for part in PARTS[:3]]

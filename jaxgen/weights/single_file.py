@@ -60,7 +60,7 @@ def split(tensors: Tensors, where: str) -> dict[str, Tensors]:
     known = tuple(PREFIXES.values())
     extra = [k for k in tensors if not (k.startswith(known) or _NOISE.fullmatch(k))]
     if extra:
-        log.warning("%s: ignored %d unknown tensors: %s", where, len(extra), ", ".join(extra[:8]))
+        log.warning("%s: ignored %d unknown tensors: %s", where, len(extra), ", ".join(extra))
     return parts
 
 

@@ -146,6 +146,10 @@ def test_decompression_bombs_are_refused_by_their_header(tmp_path, size, message
 
 def test_masks_are_true_where_they_are_white(tmp_path):
     grey = np.array([[0, 127, 128, 255]], np.uint8)
+    clear = np.full((1, 2, 4), 255, np.uint8)
+    clear[0, 1, 3] = 0  # white, but nothing is drawn there
+    drawn = images.read_mask(write(tmp_path / "z.png", clear))
+    np.testing.assert_array_equal(drawn, [[True, False]])
     mask = images.read_mask(write(tmp_path / "x.png", grey))
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask, [[False, False, True, True]])

@@ -250,6 +250,23 @@ def test_ancestral_euler_serves_networks_that_predict_the_clean_image():
     np.testing.assert_allclose(states[1], toy(states[0], point), rtol=1e-6)
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_ancestral_euler_of_the_clean_image_has_the_closed_form(spacing):
+    """k-diffusion's: down by Euler's step to less than the next sigma, and up to it by noise."""
+    schedule = Schedule(sampler="euler_a", prediction_type="sample", timestep_spacing=spacing)
+    points, _, length = grid(schedule, 5)
+    states = ours(schedule, 5).astype(np.float64)
+    rows = [row(points, i) for i in range(length)]
+    sigmas = [float(r.noise / r.signal) for r in rows] + [0.0]
+    for i, (before, after) in enumerate(itertools.pairwise(sigmas)):
+        x = states[i]  # the image with noise of sigma added
+        clean = np.asarray(toy(states[i].astype(np.float32), rows[i]), np.float64)
+        up = after * np.sqrt(1 - (after / before) ** 2)
+        x = x + (x - clean) / before * (np.sqrt(after**2 - up**2) - before)
+        x = x + up * np.asarray(drawn(i), np.float64)
+        assert error(states[i + 1], x) < 1e-5
+
+
 @pytest.mark.parametrize("sampler", STEPS)
 def test_walk_and_unroll_and_a_python_loop_agree(sampler):
     schedule, step = Schedule(sampler=sampler), SAMPLERS[sampler].step

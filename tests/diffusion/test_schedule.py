@@ -156,6 +156,19 @@ def test_fields_of_other_classes_are_no_concern_of_a_sampler():
     assert Schedule.read({"variance_type": "fixed_small"}, "dpmpp", "t").sampler == "dpmpp"
 
 
+@pytest.mark.parametrize("sampler", KINDS)
+@pytest.mark.parametrize("name", ["UniPCMultistep", "DEISMultistep", "HeunDiscrete", "LMSDiscrete"])
+def test_files_of_samplers_that_are_none_of_ours_serve_another(name, sampler):
+    scheduler = getattr(diffusers, f"{name}Scheduler")(beta_schedule="scaled_linear")
+    written = json.loads(scheduler.to_json_string()) | {"skip_prk_steps": True}
+    if name == "DEISMultistep":  # DPM-Solver's class in diffusers asks for it
+        written["final_sigmas_type"] = "sigma_min"
+    schedule = Schedule.read(written, sampler, "t")
+    expected = theirs(sampler, **written).config
+    for field in KINDS[sampler].fields.keys() - {"trained_betas"}:
+        assert getattr(schedule, field) == expected[field], field
+
+
 @pytest.mark.parametrize(("sampler", "spacing"), [*itertools.product(KINDS, SPACINGS)])
 def test_timesteps_and_initial_noise_are_those_of_diffusers(sampler, spacing):
     schedule = Schedule(sampler=sampler, timestep_spacing=spacing)

@@ -1,5 +1,6 @@
 """Attention and transformer blocks against PyTorch; chunks against the whole."""
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -11,7 +12,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-from jaxgen import trees
+from jaxgen import sharding, trees
 from jaxgen.models import attention, unet
 from tests.torch_oracle import error, nhwc, params_of, quick_jit, randomise
 
@@ -147,6 +148,17 @@ def test_long_attention_never_holds_all_scores(monkeypatch):
     assert temp_bytes(lambda *a: attention.attend(*a, heads=1)) < all_scores
     in_blocks(monkeypatch, 0)
     assert temp_bytes(lambda *a: attention.attend(*a, heads=1)) >= all_scores
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_devices_with_a_part_of_the_batch_gather_nothing(backend, monkeypatch):
+    in_blocks(monkeypatch, 16)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    mesh = sharding.data_mesh(4)
+    arrays = [sharding.split_batch(jnp.ones((4, 40, 8)), mesh) for _ in range(3)]
+    compiled = jax.jit(lambda *a: attention.attend(*a, heads=2)).lower(*arrays).compile().as_text()
+    assert "while" in compiled
+    assert not re.search("all-|collective", compiled)
 
 
 @pytest.mark.parametrize("rows", [8, 0], ids=["chunked", "whole"])
