@@ -1,10 +1,11 @@
 """The embedded model's decoder, learned on beside an encoder that stays as it is.
 
-    jaxgen train configs/mini_decoder.py
+    jaxgen train configs/mini_decoder.py --task.model runs/mini_vae/model
 
-After configs/mini_vae.py, whose latents it keeps, so that it may be made before or after the UNet
-and serves ControlNets of before. Muon, with five times the rate of the UNet's config, learns this
-much faster than the AdamW of the first run. Numbers are the project's own.
+After configs/mini_vae.py, or, without `--task.model`, from the embedded model, as the one that
+ships was made (`--seed 14`). It keeps the latents, so that a UNet and ControlNets of before go with
+it. Muon, at a high rate that falls, learned this faster than the AdamW of the first run. Numbers
+are the project's own.
 """
 
 from pathlib import Path

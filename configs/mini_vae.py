@@ -2,7 +2,7 @@
 
     jaxgen train configs/mini_vae.py
 
-The first of its three parts, on which the others are made (`--task.model runs/mini_vae/model`);
+The first of its parts, on which the others are made (`--task.model runs/mini_vae/model`);
 learned from nothing on the scenes of emoji_scenes. In the end its scaling factor is set so that
 latents have unit variance. The weight of the divergence keeps latents small and no more; numbers
 are the project's own.

@@ -31,7 +31,7 @@ def losses(part, out, cache, *options):
 def chain(out, cache):
     """Losses of all parts, each on the model that the one before made."""
     found, base = {}, ()
-    for part in ("vae", "clip", "unet"):
+    for part in ("vae", "decoder", "clip", "unet"):
         found[part] = losses(part, out / part, cache, *base)
         base = ("--task.model", str(out / part / "model"))
     return found
@@ -51,10 +51,13 @@ def test_all_parts_are_made_again_from_nothing_one_on_the_other(tmp_path):
     for part, found in first.items():
         assert len(found) == STEPS
         assert found == pytest.approx(second[part], rel=1e-5), part
-    (vae, made), (last, whole) = (open_model(tmp_path / "a" / n / "model") for n in ("vae", "unet"))
-    assert last.vae == vae.vae
-    for path, tensor in made["vae"].items():  # and not of the model that ships
-        np.testing.assert_array_equal(value(whole["vae"][path]), value(tensor))
+    begun, made, whole = (
+        open_model(tmp_path / "a" / part / "model")[1]["vae"] for part in ("vae", "decoder", "unet")
+    )
+    for path, tensor in made.items():  # and not of the model that ships
+        np.testing.assert_array_equal(value(whole[path]), value(tensor))
+        learned = path.split("/")[0] in ("decoder", "post_quant_conv")
+        assert learned != np.array_equal(value(begun[path]), value(tensor)), path
 
 
 def value(tensor):
