@@ -1,13 +1,16 @@
 """What the embedded model's autoencoder makes of scenes that it has not seen.
 
     python benchmarks/reconstruction.py
+    python benchmarks/reconstruction.py --judge --splits test --inception inception.safetensors
 
 PSNR and SSIM of scenes of emoji_scenes' test split, and of subjects that no training shows, coded
-to the mean of the posterior and decoded. Prints Markdown.
+to the mean of the posterior and decoded. With `--judge` also what benchmarks/quality.py asks of
+samples: no UNet could make better ones with this autoencoder. Prints Markdown.
 """
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,6 +22,8 @@ from jaxgen.data.emoji_scenes.scenes import EmojiScenes
 from jaxgen.denoiser import Model
 from jaxgen.evaluation import report
 from jaxgen.evaluation.fidelity import psnr, ssim
+from jaxgen.evaluation.report import Judges
+from jaxgen.refs import EMBEDDED_CLIP
 from jaxgen.types import Params, UserError
 
 BATCH = 50
@@ -33,6 +38,10 @@ class Bench:
     count: int = 500
     """Scenes of each split."""
     splits: tuple[str, ...] = ("test", "held")
+    judge: bool = False
+    """Whether subjects, styles and distances of the copies are judged, too."""
+    inception: Path | None = None
+    """For FID and KID of what is judged, as train/port_inception.py makes it."""
 
 
 def copies(model: Model, params: Params, pictures: np.ndarray) -> np.ndarray:
@@ -50,14 +59,23 @@ def copies(model: Model, params: Params, pictures: np.ndarray) -> np.ndarray:
 
 def main(bench: Bench) -> None:
     model, params = jaxgen.load(bench.model)
+    judges = Judges.read(EMBEDDED_CLIP, bench.inception) if bench.judge else None
+    judged = {}
     print(f"{bench.count} scenes of each split\n")
     print("| | PSNR | SSIM |\n|---|---|---|")
     for split in bench.splits:
-        read, _ = report.read_all(EmojiScenes(f"emoji_scenes:{split}"), bench.count)
+        scenes = EmojiScenes(f"emoji_scenes:{split}")
+        read, captions = report.read_all(scenes, bench.count)
         pictures = np.stack(read)
         made = copies(model, params, pictures)
         quality, likeness = psnr(made, pictures).mean(), ssim(made, pictures).mean()
-        print(f"| {split} | {quality:.2f} dB | {likeness:.3f} |")
+        print(f"| {split} | {quality:.2f} dB | {likeness:.3f} |", flush=True)
+        if judges:
+            others, _ = report.read_all(scenes, bench.count, last=True)
+            name = f"copies of {split}"
+            judged[name] = report.evaluate(judges, list(made), captions, others, progress=True)
+    if judged:
+        print(f"\n{report.table(judged)}")
 
 
 if __name__ == "__main__":
