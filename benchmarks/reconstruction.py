@@ -5,7 +5,7 @@
 
 PSNR and SSIM of scenes of emoji_scenes' test split, and of subjects that no training shows, coded
 to the mean of the posterior and decoded. With `--judge` also what benchmarks/quality.py asks of
-samples: no UNet could make better ones with this autoencoder. Prints Markdown.
+samples: what coding alone costs. Prints Markdown.
 """
 
 import sys
@@ -58,6 +58,8 @@ def copies(model: Model, params: Params, pictures: np.ndarray) -> np.ndarray:
 
 
 def main(bench: Bench) -> None:
+    if bench.inception and not bench.judge:
+        raise UserError("--inception is for what is judged; add --judge")
     model, params = jaxgen.load(bench.model)
     judges = Judges.read(EMBEDDED_CLIP, bench.inception) if bench.judge else None
     judged = {}

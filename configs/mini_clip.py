@@ -1,6 +1,6 @@
 """The embedded model's CLIP: its text encoder, and the image encoder that goes with it.
 
-    jaxgen train configs/mini_clip.py --task.model runs/mini_vae/model
+    jaxgen train configs/mini_clip.py --task.model runs/mini_decoder/model
 
 The second part. It reads pictures, not latents, but the model that it ends with holds the
 autoencoder of the one it starts from: without `--task.model` that is a random one, of no use to the

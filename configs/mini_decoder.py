@@ -2,10 +2,9 @@
 
     jaxgen train configs/mini_decoder.py --task.model runs/mini_vae/model
 
-After configs/mini_vae.py, or, without `--task.model`, from the embedded model, as the one that
-ships was made (`--seed 14`). It keeps the latents, so that a UNet and ControlNets of before go with
-it. Muon, at a high rate that falls, learned this faster than the AdamW of the first run. Numbers
-are the project's own.
+It keeps the latents, so that a UNet and ControlNets of before go with it: the one that ships was
+made last, from the embedded model of before (`--task.model mini --seed 14`), and put in its place
+by `python train/ship_mini.py runs/mini_decoder/model`. Numbers are the project's own.
 """
 
 from pathlib import Path

@@ -97,7 +97,7 @@ def mesh_for(checked: Plan) -> Mesh:
 
 
 def batch_of(checked: Plan, devices: int) -> int:
-    """Images at once, the same for each device, and no more than the request allows."""
+    """Images at once: as many for each device, at least one, and no more than were allowed."""
     allowed = checked.request.batch or devices * (1 if jax.default_backend() == "cpu" else 4)
     return devices * max(1, min(allowed // devices, -(-checked.total // devices)))
 

@@ -167,7 +167,8 @@ class Writer:
             with self.list.open("a", encoding="utf-8", errors="replace") as file:
                 file.write(line)  # half a surrogate pair, from a bad argument, has no UTF-8
         except OSError:  # a full disk: the list stays one of whole lines
-            os.truncate(self.list, before)
+            with contextlib.suppress(OSError):
+                os.truncate(self.list, before)
             raise
         self.count += 1
 

@@ -67,7 +67,7 @@ def plan(model: Model, request: Request) -> Plan:
     latent = (height // model.factor, width // model.factor, model.vae.config.latent_channels)
     _check_latents(request, latent)
     grid = grids.grid(schedule, request.steps, start, request.eta, share)
-    _check_interval(request, start, grid.length)
+    _check_interval(request, grid.length - start)
     return Plan(
         request=request,
         schedule=schedule,
@@ -93,8 +93,9 @@ def read_schedule(model: Model, sampler: str | None, karras: bool | None = None)
     """The model's schedule for a sampler, its own by default.
 
     Files that say, or leave it to old defaults, that latents are clipped or that timesteps begin at
-    0 are outdated, and diffusers' pipelines for text to image read them so, too; those for editing
-    and of latent consistency take a file at its word.
+    0 are outdated. diffusers' pipelines for text to image, and from an image, mend both, that for
+    inpainting the second; here all of this family do, so that no hint, mask or other sampler
+    changes it. Those for editing and of latent consistency take a file at its word, as there.
     """
     where = f"{model.name}: scheduler_config.json"
     schedule = Schedule.read(model.scheduler, sampler, where)
@@ -159,13 +160,11 @@ def _start(
     return request.steps - count, 1.0, request.mask is not None and strength == 1
 
 
-def _check_interval(request: Request, start: int, length: int) -> None:
-    """UserError where no step that runs is guided, which no one means by an interval."""
+def _check_interval(request: Request, n: int) -> None:
+    """UserError where none of the n steps that run is guided: no one means that by an interval."""
     low, high = request.guidance_interval
-    if not any(guidance.acts(i, length, low, high) for i in range(start, length)):
-        raise UserError(
-            f"guidance_interval {low:g},{high:g} holds none of the {length - start} steps that run"
-        )
+    if not any(guidance.acts(i, n, low, high) for i in range(n)):
+        raise UserError(f"guidance_interval {low:g},{high:g} holds none of the {n} steps that run")
 
 
 def _hints(model: Model, request: Request, width: int, height: int, n: int) -> list[Hint]:

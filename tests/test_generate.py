@@ -270,7 +270,7 @@ def test_a_scheduler_file_that_clips_and_begins_at_zero_is_read_as_pipelines_do(
     assert_same(ours(made, **more), theirs("outdated", "a red apple", **more))
 
 
-def test_no_more_images_at_once_than_are_allowed(variant):
+def test_devices_share_no_more_images_at_once_than_are_allowed(variant):
     model, _ = variant("plain").ours
     cases = [(20, 12, 8, 8), (20, 16, 8, 16), (5, 64, 2, 6), (9, 3, 8, 8)]
     for total, batch, devices, rows in cases:

@@ -31,6 +31,14 @@ def test_karras_may_be_turned_off(tiny):
         assert checked.schedule.use_karras_sigmas == found
 
 
+def test_an_interval_is_of_the_steps_that_run(tiny):
+    model, _ = tiny
+    half = {"prompts": ["a"], "image": IMAGE, "steps": 10, "strength": 0.5, "sampler": "ddim"}
+    assert plan(model, Request(**half, guidance_interval=(0.0, 0.4))).calls == 5
+    with pytest.raises(UserError, match="holds none of the 5 steps that run"):
+        plan(model, Request(**half, guidance_interval=(0.45, 0.55)))
+
+
 BAD = {
     "a float image": ({"image": IMAGE / 255}, "image is float64 [64, 64, 3], and must be uint8"),
     "a grey image": ({"image": IMAGE[..., 0]}, "image is uint8 [64, 64], and must be"),

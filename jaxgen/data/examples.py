@@ -194,7 +194,8 @@ def decode(picture: Picture, column: str, name: str, least: int | None = None) -
             if file.mode not in NUMBERS:
                 raise BadExample(name, f"{column!r} holds colours, not the numbers of labels")
             return np.array(file)
-        background = "white" if column in (*PHOTOS, *MASKS) else "black"  # of hints, lines on black
+        # Lines of hints are on black, and nothing is drawn where a mask is transparent.
+        background = "white" if column in PHOTOS else "black"
         plain = file.mode == "RGB" and not file.has_transparency_data
         rgb = np.array(file) if plain else images.to_rgb(file, background)[0]
         return np.asarray(Image.fromarray(rgb).convert("L")) >= 128 if column in MASKS else rgb

@@ -166,8 +166,9 @@ def _state(file: BufferedReader) -> tuple[int, int]:
 
 
 def variant_of(folder: Path, variant: str) -> str:
-    """A variant where a folder has files of it; else none, so that plain ones serve."""
-    return variant if variant and any(folder.glob(f"*.{variant}*")) else ""
+    """A variant where a folder has weights of it; else none, so that plain ones serve."""
+    name = re.compile(rf".*\.{re.escape(variant)}[.-].*(safetensors|json)")
+    return variant if variant and any(name.fullmatch(p.name) for p in folder.glob("*")) else ""
 
 
 def open_folder(folder: Path, stem: str, variant: str = "") -> Tensors:

@@ -135,7 +135,12 @@ def test_each_image_of_a_batch_has_its_own_time():
     assert error(both[1:], alone) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["1.x", "inpainting", "XL", "distilled"])  # what inputs there are
+FAST = ("1.x", "inpainting", "XL", "distilled")  # of each kind of input one
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k not in FAST)) for k in KINDS]
+)
 def test_an_image_under_several_conditions_is_those_rows_side_by_side(kind):
     fields, sides, time = KINDS[kind]
     _, unet, params = pair(**fields)

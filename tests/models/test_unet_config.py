@@ -105,6 +105,8 @@ def test_absent_fields_have_the_defaults_of_diffusers():
         ("block_out_channels", "320", "block_out_channels"),
         ("layers_per_block", 0, "layers_per_block"),
         ("in_channels", "4", "in_channels = '4' is not of type int"),
+        ("sample_size", 0, "sample_size = 0 is not above zero"),
+        ("sample_size", [64], "sample_size = (64,) is neither one number nor two"),
     ],
 )
 def test_an_unsupported_config_is_an_error_of_one_line_that_names_the_field(field, value, words):
