@@ -250,6 +250,7 @@ def test_edict_reversed_equals_autodiff_through_edict(steps):
         assert error(one[1], two[1]) <= 1e-6
 
 
+@pytest.mark.slow
 def test_memory_of_a_gradient_through_edict_does_not_grow_with_the_steps(compiled):
     runs = compiled(False, *FORMS[1]), compiled(False, *FORMS[1], steps=4 * STEPS)
     few, many = (run.compiled.memory_analysis().temp_size_in_bytes for run in runs)
