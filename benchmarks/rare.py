@@ -86,6 +86,8 @@ class Bench:
     batch: int = 8
     """Pictures at once, of which the seconds are for each."""
     seed: int = 0
+    start: Literal["gaussian", "nao"] = "gaussian"
+    """Of the pictures that SeedSelect adds, for `classifier`."""
     parts: tuple[Literal["share", "classifier"], ...] = ("share", "classifier")
     """Which tables."""
     out: Path | None = None
@@ -259,12 +261,14 @@ def downstream(bench: Bench, folder: Path) -> None:
         for i, view in enumerate(views(subject, 0, bench.references)):
             images.save_png(where / f"{i}.png", view, subject.name)
     options = {
-        "--steps": bench.steps, "--guidance": bench.guidance, "--batch": bench.batch,
-        "--seed": bench.seed, "--model": bench.model,
+        "--steps": bench.steps, "--batch": bench.batch, "--seed": bench.seed,
+        "--model": bench.model,
     }  # fmt: skip
     common = [str(word) for item in options.items() if item[1] is not None for word in item]
     missing = bench.real - bench.references
 
+    guided = ["--guidance", bench.guidance]
+    how = ["--start", "nao"] if bench.start == "nao" else guided  # norm-aware ones are not guided
     judged = [] if bench.judge is None else ["--judge", bench.judge]
 
     def command(*words: Any) -> None:
@@ -273,9 +277,9 @@ def downstream(bench: Bench, folder: Path) -> None:
 
     augmented, plain = folder / "augmented", folder / "plain"
     command("seedselect", "{}", "--images", folder / "references", "--out", augmented,
-            "--count", bench.real, *judged)  # fmt: skip
+            "--count", bench.real, *how, *judged)  # fmt: skip
     prompts = [captions.noun(s) for s in rare]
-    command("sample", *prompts, "--count", missing, "--sampler", "ddim", "--out", plain)
+    command("sample", *prompts, "--count", missing, "--sampler", "ddim", *guided, "--out", plain)
 
     def read(paths: Sequence[Path]) -> list[np.ndarray]:
         return [np.asarray(Image.open(path).convert("RGB")) for path in paths]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from jaxgen import cli
 from jaxgen.data import transforms
-from jaxgen.data.emoji_scenes import artwork, backgrounds, drawing, layout, longtail
+from jaxgen.data.emoji_scenes import artwork, backgrounds, drawing, layout, longtail, said
 from jaxgen.data.emoji_scenes.longtail import SPLITS
 from jaxgen.data.emoji_scenes.scenes import PICTURES, EmojiScenes
 from jaxgen.data.emoji_scenes.views import views
@@ -79,6 +79,7 @@ def test_a_scene_is_what_its_columns_say():
         np.testing.assert_array_equal(example["mask"], example["segmentation"] > 0)
         assert {*np.unique(example["segmentation"])} == {0, *(example["subject"] + 1)}
         assert tuple(example["subject"]) == scene.subjects
+        assert said.read(example["things"]) == said.Said(scene.subjects)
         for number, box, phrase, size, side in zip(
             scene.subjects, example["boxes"] * 64, example["phrases"], scene.sizes, scene.sides
         ):
@@ -133,8 +134,8 @@ def test_captions_are_true_of_the_boxes():
 def test_captions_mention_most_but_not_all():
     source = scenes(columns=())
     captions = [source.scene(i).caption for i in range(600)]
-    for said in ("background", "style|picture of"):
-        share = np.mean([bool(re.search(said, caption)) for caption in captions])
+    for named in ("background", "style|picture of"):
+        share = np.mean([bool(re.search(named, caption)) for caption in captions])
         assert 0.8 < share < 0.9
 
 

@@ -26,6 +26,11 @@ def noun(subject: Subject, size: str = "") -> str:
     return f"{subject.article and 'a '}{size} {subject.name}"
 
 
+def things(subjects: Sequence[Subject]) -> str:
+    """ "an owl", "an owl, a car and grapes"."""
+    return _listed([noun(subject) for subject in subjects])
+
+
 def background(colour: str, pattern: str = "") -> str:
     """ "an orange background", "a blue striped background"."""
     article = "an" if colour[0] in "aeio" and pattern != "plain" else "a"
@@ -66,6 +71,11 @@ def caption(
     return f"{shown} {where}".strip() + f", {style} style"
 
 
+def _listed(nouns: Sequence[str]) -> str:
+    *others, last = nouns
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def _arranged(
     nouns: list[str], relations: Sequence[str], related: bool, rng: np.random.Generator
 ) -> str:
@@ -73,7 +83,7 @@ def _arranged(
     if len(nouns) == 1:
         return nouns[0]
     if not related:
-        return ", ".join(nouns[:-1]) + f" and {nouns[-1]}"
+        return _listed(nouns)
     pair = f"{nouns[0]} {rng.choice(PHRASES[relations[0]])} {nouns[1]}"
     if len(nouns) == 2:
         return pair

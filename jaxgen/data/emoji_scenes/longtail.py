@@ -33,6 +33,7 @@ SPLITS = {
     "validation_even": Split(3, 2_000, TRAINED, True),
     "test_even": Split(4, 10_000, TRAINED, True),
     "held": Split(5, 3_000, ("held",), True),
+    "train_even": Split(6, 100_000, TRAINED, True),
 }
 
 

@@ -52,7 +52,8 @@ class Scene:
 class EmojiScenes(Source):
     """A split of the scenes, as a source of training data.
 
-    Columns of every example, beside `image` uint8 [64, 64, 3] and `caption`: `boxes` float32
+    Columns of every example, beside `image` uint8 [64, 64, 3] and `caption`: `things`, a caption of
+    the subjects alone; `boxes` float32
     [N, 4], tight around what is visible, with `phrases`; `subject` [N], their numbers; and the
     words `sizes`, `style`, `colour`, `pattern`, `relations`. Drawn where asked for: `mask` bool
     [64, 64]; `segmentation` uint8 [64, 64], 0 or 1 + the number of the subject, of which a scene
@@ -162,6 +163,7 @@ class EmojiScenes(Source):
         return {
             "image": image,
             "caption": scene.caption,
+            "things": captions.things([art.subjects[n] for n in scene.subjects]),
             "boxes": np.array(boxes, np.float32) / SIDE,
             "phrases": [art.subjects[n].name for n in scene.subjects],
             "subject": np.array(scene.subjects, np.int32),
