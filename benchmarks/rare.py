@@ -88,6 +88,8 @@ class Bench:
     seed: int = 0
     start: Literal["gaussian", "nao"] = "gaussian"
     """Of the pictures that SeedSelect adds, for `classifier`."""
+    searches: tuple[Literal["noise", "nao", "near"], ...] = ("noise", "nao", "near")
+    """Rows of `share` beside plain pictures; near one found needs noise."""
     parts: tuple[Literal["share", "classifier"], ...] = ("share", "classifier")
     """Which tables."""
     out: Path | None = None
@@ -185,12 +187,14 @@ def shares(bench: Bench, folder: Path) -> None:
     table.row("chance", [*pictures[count:], *pictures[:count]])
     alone = replace(asked, guidance=1.0)
     plain("plain, guidance 1", alone)
-    search("10 iterations", 10)
-    found, seconds = search("30 iterations", 30)
-    unguided = plan(model, alone)
-    for iterations in (1, AGAIN):
+    if "noise" in bench.searches:
+        search("10 iterations", 10)
+        found, seconds = search("30 iterations", 30)
+    for iterations in (1, AGAIN) if "nao" in bench.searches else ():
         name = "as they start" if iterations == 1 else f"{iterations} iterations"
-        search(f"norm-aware, {name}", iterations, "nao", unguided, RATES["nao"])
+        search(f"norm-aware, {name}", iterations, "nao", plan(model, alone), RATES["nao"])
+    if not {"noise", "near"} <= {*bench.searches}:
+        return
     groups = [[one for one in found if one.index // count == i] for i in range(len(subjects))]
     best = [min(group, key=lambda one: one.loss).seed for group in groups]
 

@@ -23,6 +23,7 @@ from jaxgen.types import Array, Cache, Params, Point, UserError
 Start = str | np.ndarray | Callable[[int], np.ndarray]  # gaussian, nao; noise; or noise of an index
 
 SPREAD, NORM_AWARE = 2, 3  # tell what is drawn here from what else a seed draws
+SHARE = 0.3  # of new noise in a start near known ones
 STEPS = 50  # of the inversion, as in the released code of NAO
 
 
@@ -123,7 +124,8 @@ def _ways(seeds: Array, key: Array) -> tuple[Array, Array]:
 def norm_aware(seeds: np.ndarray, seed: int) -> Callable[[int], np.ndarray]:
     """Starts [h, w, C] on the ways between the centroid of inverted references and each of them.
 
-    Image 0 starts at the centroid itself; the others where (seed, number) alone says.
+    Image 0 starts at the centroid itself; the others where (seed, number) alone says, turned a
+    little towards new noise, as in `spread`: most of a way leads to the picture of the centroid.
 
     Args:
         seeds: [K, h, w, C] what the references invert to.
@@ -141,23 +143,30 @@ def norm_aware(seeds: np.ndarray, seed: int) -> Callable[[int], np.ndarray]:
         way, place = ways[draw.integers(len(ways))], draw.uniform(0, len(ways[0]) - 1)
         low = min(int(place), len(way) - 2)
         point = way[low] + (place - low) * (way[low + 1] - way[low])
-        return (point if number else middle).reshape(seeds.shape[1:]).astype(np.float32)
+        chosen = _turned(point, draw) if number else middle
+        return chosen.reshape(seeds.shape[1:]).astype(np.float32)
 
     return start
 
 
-def spread(seeds: np.ndarray, seed: int, number: int, share: float = 0.3) -> np.ndarray:
+def spread(seeds: np.ndarray, seed: int, number: int) -> np.ndarray:
     """A start [h, w, C] near seeds that were found before [M, h, w, C].
 
     A point of the great circle between two of them, or the only one, turned a little towards new
-    noise: by the angle whose sine is `share`, so that the norm stays. (seed, number) alone decide.
+    noise. (seed, number) alone decide.
     """
     draw = np.random.default_rng([seed, number, SPREAD])
     first = seeds[draw.integers(len(seeds))]
     if len(seeds) > 1:
         other = seeds[draw.integers(len(seeds))]
         first = np.asarray(shell.between(first, other, draw.uniform(0, 0.5)))
-    noise = draw.standard_normal(first.shape).astype(np.float32)
-    noise *= np.linalg.norm(first) / np.linalg.norm(noise)
-    turned = np.sqrt(1 - share**2) * first + share * noise
-    return (turned * (np.linalg.norm(first) / np.linalg.norm(turned))).astype(np.float32)
+    return _turned(first, draw)
+
+
+def _turned(point: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """A point [...] turned towards new noise by the angle whose sine is SHARE; its norm stays."""
+    size = np.linalg.norm(point)
+    noise = draw.standard_normal(point.shape).astype(np.float32)
+    noise *= size / np.linalg.norm(noise)
+    turned = np.sqrt(1 - SHARE**2) * point + SHARE * noise
+    return (turned * (size / np.linalg.norm(turned))).astype(np.float32)

@@ -1,0 +1,34 @@
+"""Where seeds start: near what is known, as long as noise is, and of their number alone."""
+
+import itertools
+
+import numpy as np
+
+from jaxgen.seedselect import starts
+
+SEEDS = np.random.default_rng(0).standard_normal((3, 8, 8, 4)).astype(np.float32)
+
+
+def cosine(one, other):
+    return (one * other).sum() / np.linalg.norm(one) / np.linalg.norm(other)
+
+
+def test_a_start_near_a_seed_is_turned_and_as_long():
+    for number in range(5):
+        start = starts.spread(SEEDS[:1], 7, number)
+        np.testing.assert_allclose(np.linalg.norm(start), np.linalg.norm(SEEDS[0]), rtol=1e-5)
+        assert 0.88 < cosine(start, SEEDS[0]) < 0.99  # sqrt(1 - 0.3^2), and what chance adds
+        np.testing.assert_array_equal(start, starts.spread(SEEDS[:1], 7, number))
+        assert (start != starts.spread(SEEDS[:1], 8, number)).any()
+
+
+def test_norm_aware_starts_differ_but_for_the_centroid():
+    start = starts.norm_aware(SEEDS, 7)
+    found = [start(number) for number in range(6)]
+    np.testing.assert_array_equal(found[2], start(2))
+    for one, other in itertools.combinations(found, 2):
+        assert cosine(one, other) < 0.98
+    shell = np.sqrt(SEEDS[0].size)
+    for one in found:
+        assert 0.8 < np.linalg.norm(one) / shell < 1.2
+        assert max(cosine(one, seed) for seed in SEEDS) > 0.5
