@@ -103,6 +103,8 @@ def main(bench: Bench) -> None:
         check_new(folder)
         if bench.real > TEST:
             sys.exit(f"--real {bench.real}: from view {TEST} on they are the test's")
+        if "near" in bench.searches and "noise" not in bench.searches:
+            sys.exit("--searches near starts near seeds that noise finds: name noise, too")
         folder.mkdir(parents=True)
         if "share" in bench.parts:
             shares(bench, folder)
@@ -193,7 +195,7 @@ def shares(bench: Bench, folder: Path) -> None:
     for iterations in (1, AGAIN) if "nao" in bench.searches else ():
         name = "as they start" if iterations == 1 else f"{iterations} iterations"
         search(f"norm-aware, {name}", iterations, "nao", plan(model, alone), RATES["nao"])
-    if not {"noise", "near"} <= {*bench.searches}:
+    if "near" not in bench.searches:
         return
     groups = [[one for one in found if one.index // count == i] for i in range(len(subjects))]
     best = [min(group, key=lambda one: one.loss).seed for group in groups]

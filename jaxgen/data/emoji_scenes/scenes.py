@@ -53,12 +53,11 @@ class EmojiScenes(Source):
     """A split of the scenes, as a source of training data.
 
     Columns of every example, beside `image` uint8 [64, 64, 3] and `caption`: `things`, a caption of
-    the subjects alone; `boxes` float32
-    [N, 4], tight around what is visible, with `phrases`; `subject` [N], their numbers; and the
-    words `sizes`, `style`, `colour`, `pattern`, `relations`. Drawn where asked for: `mask` bool
-    [64, 64]; `segmentation` uint8 [64, 64], 0 or 1 + the number of the subject, of which a scene
-    shows none twice; `lines`, the line art of what is shown in its place, and `edges` of the
-    picture, both white on black, uint8 [64, 64, 3], as hints are.
+    the subjects alone; `boxes` float32 [N, 4], tight around what is visible, with `phrases`;
+    `subject` [N], their numbers; and the words `sizes`, `style`, `colour`, `pattern`, `relations`.
+    Drawn where asked for: `mask` bool [64, 64]; `segmentation` uint8 [64, 64], 0 or 1 + the number
+    of the subject, of which a scene shows none twice; `lines`, the line art of what is shown in its
+    place, and `edges` of the picture, both white on black, uint8 [64, 64, 3], as hints are.
 
     Args:
         ref: "emoji_scenes", or with a split, "emoji_scenes:test"; `SPLITS` are all.
