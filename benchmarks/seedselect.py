@@ -34,6 +34,8 @@ from sample import describe_machine, load_torch, make_folder
 
 PARTS = ("flops", "memory", "step", "batch")
 STEPS = 5  # of the sampler, for time
+# Memory is settled before machine code is written, whose optimisation takes most of a compilation.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 VIT_L: dict[str, Any] = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
     "num_attention_heads": 16, "projection_dim": 768, "image_size": 224, "patch_size": 14,
@@ -171,7 +173,7 @@ def memory(bench: Bench) -> None:
     for remat, batch, steps in itertools.product(bench.remat, bench.batches, bench.steps):
         program, params, run, state = shapes_of(64, steps, batch, remat)
         lowered = search.compiled().lower(params, run, state, np.int32(1), program=program)
-        found = lowered.compile().memory_analysis()
+        found = lowered.compile(compiler_options=QUICKLY).memory_analysis()
         seeds = "1 seed" if batch == 1 else f"{batch} seeds"
         name = seeds + ", blocks computed again" * remat
         print(f"| {name} | {steps} | {found.temp_size_in_bytes / 1e9:.2f} GB |", flush=True)

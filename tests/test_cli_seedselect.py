@@ -196,6 +196,35 @@ def test_a_class_whose_first_seed_fails_goes_on(here, capsys, monkeypatch):
     assert [one for one in begun if isinstance(one, tuple)] == [(2, 1), (3, 1), (4, 3)]
 
 
+def test_norm_aware_classes_start_each_picture_for_itself(here, monkeypatch):
+    """Not near seeds found; the references of a class are inverted once, whatever its count."""
+    from jaxgen.seedselect import starts
+
+    inverted, seen = starts.inverted, []
+
+    def counted(*arguments):
+        seen.append(arguments[3])  # the prompt
+        return inverted(*arguments)
+
+    monkeypatch.setattr(starts, "inverted", counted)
+    nao = partial(select, "a {}", *OPTIONS, "--start", "nao", images="classes")
+    nao("--count", "5")
+    assert seen == [0, 1]
+    found = sorted(Path("out/seeds").glob("*/*.npz"))
+    assert [str(p.relative_to("out/seeds")) for p in found] == [
+        *("owl/00000.npz", "owl/00001.npz"),
+        *("red_fox/00000.npz", "red_fox/00001.npz", "red_fox/00002.npz"),
+    ]
+    seeds = [np.load(path) for path in found]
+    assert {str(held["start"]) for held in seeds} == {"nao"}
+    first, second = (seeds[n]["noise"].ravel() for n in (2, 3))
+    assert np.corrcoef(first, second)[0, 1] < 0.94  # near others: sqrt(1 - 0.3 ** 2) or more
+
+    nao("--count", "6")  # it grows, and pictures that were there stay
+    with np.load("out/seeds/owl/00001.npz") as held:
+        assert np.array_equal(held["noise"], seeds[1]["noise"])
+
+
 def test_any_score_takes_the_place_of_meaning_and_branches_take_part(here):
     from tests.test_controls import from_unet
 

@@ -65,9 +65,11 @@ class Seedselect:
     weight: float = 10 / 11
     """What the meaning counts, 0 to 1; the appearance counts the rest."""
     start: str = "gaussian"
-    """Where seeds start: gaussian, noise; nao, between the noises that the references invert to; a
-    file of seeds, to go on from; or a folder of them (OUT/seeds), near which the new ones begin:
-    near those that were found for the same prompt."""
+    """Where seeds start: gaussian, noise; nao, between the noises that the references invert to
+    (image 0 at their centroid, the others turned a little towards new noise); a file of seeds, to
+    go on from; or a folder of them (OUT/seeds), near which the new ones begin: near those that were
+    found for the same prompt. Where there are classes, gaussian is only of the first picture of
+    each; the others begin near those that were found before."""
     distance: Literal["cosine", "euclidean"] = "cosine"
     """cosine, as in the released code, or euclidean, as in the paper, but over the root of the
     number of dimensions, so that --weight and --contrast count about as much."""
@@ -249,7 +251,8 @@ class Seedselect:
             )
         if self.start not in ("gaussian", "nao"):
             raise UserError(
-                "--start is gaussian or nao for classes; each goes on from its own seeds"
+                f"--start {self.start}: for classes it is gaussian or nao; gaussian ones go on "
+                "from their own seeds"
             )
         checked = plan(model, self._request(prompts, most, hints))
         pictures = {name: references.read(paths, checked.size) for name, paths in classes.items()}

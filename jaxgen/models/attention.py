@@ -2,11 +2,13 @@
 
 import math
 import re
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxgen.models.layers import Conv, Dense, repeat_rows
 from jaxgen.models.norms import GroupNorm, LayerNorm
@@ -15,6 +17,7 @@ from jaxgen.types import Array, at_least_float32
 WHOLE = 2**20  # scores of one head that are held at once; more are computed in blocks of queries
 SCORES = 2**20  # and so many of them at a time
 MIN_ROWS = 128  # queries of a block at least
+KEPT = "weighted values"  # of a block, for its gradient, which would do that product again
 SAFE = 30.0  # of a score: float32 holds the square of a sum of exp, which the gradient takes
 
 FEATURES = 2**21  # of a feed-forward layer at a time, on a CPU
@@ -82,7 +85,7 @@ def _softmax_product(
     weights = jnp.exp((scores - largest) * (1 / math.sqrt(q.shape[-1])))
     # The division by the sum comes after the product with v: it is smaller by S / D.
     total = weights.sum(-1, keepdims=True)
-    out = jnp.einsum("...ts,...sd->...td", weights.astype(v.dtype), v)
+    out = checkpoint_name(jnp.einsum("...ts,...sd->...td", weights.astype(v.dtype), v), KEPT)
     return (out / total).astype(v.dtype)
 
 
@@ -134,10 +137,12 @@ def _attend_chunked(q: Array, k: Array, v: Array) -> Array:
 
     def attend_group(group: tuple[Array, Array, Array]) -> Array:
         q, k, v = group
+        keep = jax.checkpoint_policies.save_only_these_names(KEPT)
         k, safe = _centre(q, k, v)
         q = jnp.pad(q, ((0, 0), (0, blocks * rows - length), (0, 0)))
         q = jnp.moveaxis(q.reshape(together, blocks, rows, width), 1, 0)
-        out = lax.map(jax.checkpoint(lambda block: _softmax_product(block, k, v, safe=safe)), q)
+        attended = jax.checkpoint(partial(_softmax_product, k=k, v=v, safe=safe), policy=keep)
+        out = lax.map(attended, q)
         return jnp.moveaxis(out, 0, 1).reshape(together, blocks * rows, width)[:, :length]
 
     out = lax.map(attend_group, (grouped(q), grouped(k), grouped(v)))

@@ -40,9 +40,9 @@ class Dataset:
     """A folder for each class with its references and what was found, and one list of them all.
 
     A line of the list comes after its picture and seed, so that a run that is stopped goes on where
-    the list ends, and a folder grows by a larger count. Seeds are found in rounds: number 0, then
-    1, 2 and 3, 4 to 7 and so on. Where one starts depends on its number and on what the rounds
-    before its own found for its class.
+    the list ends, and a folder grows by a larger count. From noise, seeds are found in rounds:
+    number 0, then 1, 2 and 3, 4 to 7 and so on. Where one starts depends on its number and on what
+    the rounds before its own found for its class. Norm-aware starts depend on no seed found.
     """
 
     def __init__(
@@ -160,7 +160,8 @@ class Dataset:
         """Copies the references; finds the first seed of each class, then others near those found.
 
         Args:
-            start: of first seeds, "gaussian" or "nao"; and of a class's next where those failed.
+            start: "gaussian", of first seeds, and of a class's next where those failed; or "nao",
+                of all seeds.
 
         Raises:
             UserError: where pictures are missing and no seed is found.
@@ -175,10 +176,9 @@ class Dataset:
                 references.encode(self.model, params, rows, self.checked.size, meaning)
                 for rows in self.pictures
             ]
-            before, most = self.count, self.checked.request.count
-            for late in range(most.bit_length() + 1):
-                wanted = [i for i in left if (i % most).bit_length() == late]
-                near = [i for i in wanted if self._earlier(i)]
+            before = self.count
+            for wanted in [left] if start == "nao" else self._rounds(left):
+                near = [i for i in wanted if start != "nao" and self._earlier(i)]
                 far = [i for i in wanted if i not in near]
                 with contextlib.suppress(selection.NothingFound):  # each is named already
                     self._find(params, known, self.how, judge, start, far)
@@ -207,6 +207,11 @@ class Dataset:
             for number in range(max(0, self.total - len(rows)))
             if f"{self.names[mine]}/{number:05}.png" not in self.done
         ]
+
+    def _rounds(self, left: list[int]) -> list[list[int]]:
+        most = self.checked.request.count
+        rounds = range(most.bit_length() + 1)
+        return [[i for i in left if (i % most).bit_length() == late] for late in rounds]
 
     def _earlier(self, index: int) -> list[Path]:
         """Files of the seeds of its class that the rounds before its own found."""

@@ -13,6 +13,7 @@ from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from jaxgen import sharding, trees
+from jaxgen.flops import count
 from jaxgen.models import attention, unet
 from tests.torch_oracle import error, nhwc, params_of, quick_jit, randomise
 
@@ -148,6 +149,20 @@ def test_long_attention_never_holds_all_scores(monkeypatch):
     assert temp_bytes(lambda *a: attention.attend(*a, heads=1)) < all_scores
     in_blocks(monkeypatch, 0)
     assert temp_bytes(lambda *a: attention.attend(*a, heads=1)) >= all_scores
+
+
+@pytest.mark.parametrize("rows", [16, 0], ids=["chunked", "whole"])
+def test_a_gradient_does_no_product_again_but_the_scores(rows, monkeypatch):
+    in_blocks(monkeypatch, rows)
+    arrays = qkv(160, 160, 8)
+
+    def loss(*arrays):
+        return jnp.sin(attention.attend(*arrays, heads=1)).sum()
+
+    forward = count(loss, *arrays)
+    assert forward == 2 * 2 * (2 * 160 * 160 * 8)  # two products of two images
+    scores = forward // 2 if rows else 0
+    assert count(jax.grad(loss, (0, 1, 2)), *arrays) == 3 * forward + scores
 
 
 @pytest.mark.parametrize("backend", ["cpu", "tpu"])
