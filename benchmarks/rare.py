@@ -1,27 +1,22 @@
 """What SeedSelect is good for: rare subjects of the embedded model, judged from outside.
 
-    python benchmarks/rare.py                       # both tables, 8 subjects; hours on two cores
-    python benchmarks/rare.py --parts share --subjects 3 --count 4
+    python benchmarks/rare.py                       # 8 subjects; two hours on two cores
+    python benchmarks/rare.py --subjects 3 --count 4 --searches nao
 
-`share`: how many pictures show the subject, by the judge of emoji_scenes, which learnt from real
-scenes alone: plain ones, after 10 and 30 iterations, from norm-aware starts, and from starts near
-the best seed that 30 iterations found for the subject, each of the last two as they start and after
-5 iterations. Beside it the mean distances to the references that a search minimises, in meaning, by
-the CLIP that it is judged by, and in appearance; how far the parts that show a subject are apart;
-how far a picture is from the nearest reference, in the mean and for the nearest in twenty (a copy
-is near); and seconds for each once compiled, with those of the search that a start near a seed
-needs. The first rows are the floor: a CLIP that finds real views of the next subject no farther
-than those of the own cannot lead to it. Norm-aware starts are not guided, and neither is the plain
-row at guidance 1. Chance is plain pictures judged by the name of the next subject.
-
-`classifier`: a classifier of head and rare subjects that learns from real views, many of the one
-and five of the other, or also from as many pictures of the rare ones as of the head: the model's
-plain ones, or those that `jaxgen seedselect` adds; accuracy on other real views. Prints Markdown
-for benchmarks/README.md.
+How many pictures show the subject, by the judge of emoji_scenes, which learnt from real scenes
+alone: plain ones, after 10 and 30 iterations, from norm-aware starts, and from starts near the best
+seed that 30 iterations found for the subject, each of the last two as they start and after 5
+iterations (`--searches` leaves out some of these rows). Beside it the mean distances to the
+references that a search minimises, in meaning, by the CLIP that it is judged by, and in appearance;
+how far the parts that show a subject are apart; how far a picture is from the nearest reference, in
+the mean and for the nearest in twenty (a copy is near); and seconds for each once compiled, with
+those of the search that a start near a seed needs. The first rows are the floor: a CLIP that finds
+real views of the next subject no farther than those of the own cannot lead to it. Norm-aware starts
+are not guided, and neither is the plain row at guidance 1. Chance is plain pictures judged by the
+name of the next subject. Prints Markdown for benchmarks/README.md.
 """
 
 import itertools
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,11 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
-import optax
 import tyro
-from PIL import Image
 
 import jaxgen
 from jaxgen import seedselect
@@ -45,7 +37,6 @@ from jaxgen.data.emoji_scenes import artwork, captions
 from jaxgen.data.emoji_scenes.artwork import Subject
 from jaxgen.data.emoji_scenes.views import SubjectViews
 from jaxgen.evaluation import judge
-from jaxgen.evaluation.judge import CROP, Namer
 from jaxgen.plan import plan
 from jaxgen.request import Request
 from jaxgen.save import check_new
@@ -56,7 +47,6 @@ from jaxgen.types import Params
 from sample import describe_machine
 
 TEST = 1000  # first view of the test
-LEARN, LEARNERS = 1500, 3  # steps of a classifier, and how many seeds it has
 COLUMNS = (
     "pictures", "show the subject", "meaning", "appearance", "apart", "from a reference",
     "5% of them", "seconds each",
@@ -75,45 +65,39 @@ class Bench:
     """Of the subjects."""
     subjects: int = 8
     """So many of them, evenly over the group."""
+    names: tuple[str, ...] = ()
+    """These subjects instead."""
     references: int = 5
     """Views of each."""
     count: int = 8
-    """Pictures of each subject, for each row of `share`."""
+    """Pictures of each subject, for each row."""
     steps: int = 10
     guidance: float = 4.0
-    real: int = 100
-    """Views of each head subject, and in the end pictures of each rare one, for `classifier`."""
     batch: int = 8
     """Pictures at once, of which the seconds are for each."""
     seed: int = 0
-    start: Literal["gaussian", "nao"] = "gaussian"
-    """Of the pictures that SeedSelect adds, for `classifier`."""
     searches: tuple[Literal["noise", "nao", "near"], ...] = ("noise", "nao", "near")
-    """Rows of `share` beside plain pictures; near one found needs noise."""
-    parts: tuple[Literal["share", "classifier"], ...] = ("share", "classifier")
-    """Which tables."""
+    """Rows beside plain pictures; near one found needs noise."""
     out: Path | None = None
     """Where pictures stay, a new folder; by default they do not."""
 
 
 def main(bench: Bench) -> None:
     print(describe_machine(), flush=True)
+    if "near" in bench.searches and "noise" not in bench.searches:
+        sys.exit("--searches near starts near seeds that noise finds: name noise, too")
     with tempfile.TemporaryDirectory() as scratch:
         folder = bench.out or Path(scratch) / "out"
         check_new(folder)
-        if bench.real > TEST:
-            sys.exit(f"--real {bench.real}: from view {TEST} on they are the test's")
-        if "near" in bench.searches and "noise" not in bench.searches:
-            sys.exit("--searches near starts near seeds that noise finds: name noise, too")
         folder.mkdir(parents=True)
-        if "share" in bench.parts:
-            shares(bench, folder)
-        if "classifier" in bench.parts:
-            downstream(bench, folder)
+        shares(bench, folder)
 
 
-def chosen(group: str, count: int) -> list[Subject]:
-    """Subjects of a group, from its most frequent to its rarest."""
+def chosen(group: str, count: int, names: tuple[str, ...] = ()) -> list[Subject]:
+    """Subjects by name, or of a group, from its most frequent to its rarest."""
+    if names:
+        art = artwork.load()
+        return [art.subjects[art.number(name)] for name in names]
     of_group = [s for s in artwork.load().subjects if s.group == group]
     return [of_group[i] for i in np.linspace(0, len(of_group) - 1, count).round().astype(int)]
 
@@ -126,7 +110,7 @@ def views(subject: Subject, first: int, count: int) -> list[np.ndarray]:
 
 def shares(bench: Bench, folder: Path) -> None:
     """The table of how many pictures show what they are to show."""
-    subjects, count = chosen(bench.group, bench.subjects), bench.count
+    subjects, count = chosen(bench.group, bench.subjects, bench.names), bench.count
     model, params = jaxgen.load(bench.model)
     asked = Request(
         prompts=[captions.noun(s) for s in subjects], steps=bench.steps, sampler="ddim",
@@ -169,7 +153,7 @@ def shares(bench: Bench, folder: Path) -> None:
         table.row(name, [one.image for one in found], seconds if iterations > 1 else None)
         return found, seconds
 
-    print(f"\n{bench.group}: {', '.join(s.name for s in subjects)}")
+    print(f"\n{', '.join(s.name for s in subjects)}")
     print(f"{bench.references} references and {count} pictures of each, {bench.batch} at once;")
     print(f"{bench.steps} steps of DDIM, guidance {bench.guidance}\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
@@ -202,7 +186,7 @@ def shares(bench: Bench, folder: Path) -> None:
 
     def near(index: int) -> np.ndarray:
         mine, number = divmod(index, count)
-        return starts.spread(best[mine][None], bench.seed, count + number)
+        return starts.spread(best[mine][None], bench.seed, count + number, Search().variety)
 
     for iterations in (1, AGAIN):
         name = "as they start" if iterations == 1 else f"{iterations} iterations"
@@ -256,92 +240,6 @@ class Table:
 def distance(one: np.ndarray, other: np.ndarray) -> float:
     """Root mean square difference of two pictures of a size, whose pixels are 0 to 1."""
     return float(np.sqrt(np.square((one.astype(float) - other) / 255).mean()))
-
-
-def downstream(bench: Bench, folder: Path) -> None:
-    """The table of classifiers."""
-    rare, head = chosen(bench.group, bench.subjects), chosen("head", bench.subjects)
-    for subject in rare:
-        where = folder / "references" / captions.noun(subject)  # which is its prompt
-        where.mkdir(parents=True)
-        for i, view in enumerate(views(subject, 0, bench.references)):
-            images.save_png(where / f"{i}.png", view, subject.name)
-    options = {
-        "--steps": bench.steps, "--batch": bench.batch, "--seed": bench.seed,
-        "--model": bench.model,
-    }  # fmt: skip
-    common = [str(word) for item in options.items() if item[1] is not None for word in item]
-    missing = bench.real - bench.references
-
-    guided = ["--guidance", bench.guidance]
-    how = ["--start", "nao"] if bench.start == "nao" else guided  # norm-aware ones are not guided
-    judged = [] if bench.judge is None else ["--judge", bench.judge]
-
-    def command(*words: Any) -> None:
-        line = [sys.executable, "-m", "jaxgen", *map(str, words), *common]
-        subprocess.run(line, check=True, stdout=sys.stderr)
-
-    augmented, plain = folder / "augmented", folder / "plain"
-    command("seedselect", "{}", "--images", folder / "references", "--out", augmented,
-            "--count", bench.real, *how, *judged)  # fmt: skip
-    prompts = [captions.noun(s) for s in rare]
-    command("sample", *prompts, "--count", missing, "--sampler", "ddim", *guided, "--out", plain)
-
-    def read(paths: Sequence[Path]) -> list[np.ndarray]:
-        return [np.asarray(Image.open(path).convert("RGB")) for path in paths]
-
-    many, few = (
-        [views(s, 0, count) for s in some]
-        for some, count in ((head, bench.real), (rare, bench.references))
-    )
-    own = read([plain / f"{i:05}.png" for i in range(missing * len(rare))])
-    added: dict[str, list[list[np.ndarray]]] = {
-        "real views": [[] for _ in rare],
-        "and plain pictures": [own[i * missing :][:missing] for i in range(len(rare))],
-        "and SeedSelect's": [read(sorted((augmented / p).glob("[0-9]*.png"))) for p in prompts],
-    }
-    test = [views(s, TEST, 50) for s in head + rare]
-    print(f"\n| learns from | {len(head)} head subjects | {len(rare)} {bench.group} |")
-    print("|---|---|---|", flush=True)
-    for name, more in added.items():
-        pictures = many + [a + b for a, b in zip(few, more, strict=True)]
-        found = np.array([accuracy(pictures, test, bench.seed + n) for n in range(LEARNERS)])
-        cells = [found[:, : len(head)].mean(1), found[:, len(head) :].mean(1)]
-        shown = " | ".join(f"{cell.mean():.1%} ± {cell.std(ddof=1):.1%}" for cell in cells)
-        print(f"| {name} | {shown} |", flush=True)
-    print(f"\n± over {LEARNERS} seeds of the classifier, which sees all classes as often.")
-
-
-def accuracy(learnt: list[list[np.ndarray]], test: list[list[np.ndarray]], seed: int) -> np.ndarray:
-    """Trains a small classifier, for which classes are as frequent; its accuracy on each."""
-    net, rng = Namer(len(learnt)), np.random.default_rng(seed)
-    classes = [halved(rows) for rows in learnt]
-    params = net.init(jax.random.key(seed), classes[0][:1])
-    rate = optax.cosine_decay_schedule(2e-3, LEARN)
-    optimizer = optax.adamw(rate, weight_decay=1e-2)
-
-    @jax.jit
-    def learn(params: Any, state: Any, x: Any, y: Any) -> Any:
-        def loss(params: Any) -> Any:
-            logits = net.apply(params, x)[0][:, 1:]
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = optimizer.init(params)
-    for y in rng.integers(len(classes), size=(LEARN, 64)):
-        x = np.stack([classes[n][rng.integers(len(classes[n]))] for n in y])
-        flipped = np.where(rng.random((64, 1, 1, 1)) < 0.5, x, x[:, :, ::-1])
-        params, state = learn(params, state, flipped, y)
-    predict = jax.jit(lambda x: net.apply(params, x)[0][:, 1:].argmax(-1))
-    return np.array([(predict(halved(rows)) == i).mean() for i, rows in enumerate(test)])
-
-
-def halved(pictures: list[np.ndarray]) -> np.ndarray:
-    """As the classifier sees them, uint8 [N, 32, 32, 3]."""
-    small = (Image.fromarray(p).resize((CROP, CROP), Image.Resampling.BOX) for p in pictures)
-    return np.stack([np.asarray(picture) for picture in small])
 
 
 if __name__ == "__main__":

@@ -181,9 +181,9 @@ def test_a_class_whose_first_seed_fails_goes_on(here, capsys, monkeypatch):
         begun.append(len(begun))
         return begin(seeds * np.nan if len(begun) == 1 else seeds)
 
-    def spread(held, seed, number):
+    def spread(held, seed, number, variety):
         begun.append((number, len(held)))
-        return near(held, seed, number)
+        return near(held, seed, number, variety)
 
     monkeypatch.setattr(search, "begin", fails)
     monkeypatch.setattr(starts, "spread", spread)
@@ -280,6 +280,7 @@ BAD = [
     (["x", "--images", "classes/owl", "--start", "small.npz"], "small.npz is float32 [1, 8, 8, 4]"),
     (["x", "--images", "classes/owl", "--start", "empty"], "empty holds no seeds"),
     (["x", "--images", "classes/owl", "--weight", "2"], "weight = 2.0"),
+    (["x", "--images", "classes/owl", "--variety", "1.5"], "variety = 1.5"),
     (["x", "--images", "classes/owl", "--iterations", "-1"], "iterations = -1"),
     (["x", "--images", "classes/owl", "--contrast", "1"], "contrast needs a judge and other"),
     (["x", "--images", "classes/owl", "--truncate", "30"], "truncate = 30 is more than the 20"),

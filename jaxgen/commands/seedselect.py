@@ -66,10 +66,12 @@ class Seedselect:
     """What the meaning counts, 0 to 1; the appearance counts the rest."""
     start: str = "gaussian"
     """Where seeds start: gaussian, noise; nao, between the noises that the references invert to
-    (image 0 at their centroid, the others turned a little towards new noise); a file of seeds, to
-    go on from; or a folder of them (OUT/seeds), near which the new ones begin: near those that were
-    found for the same prompt. Where there are classes, gaussian is only of the first picture of
-    each; the others begin near those that were found before."""
+    (image 0 at their centroid); a file of seeds, to go on from; or a folder of them (OUT/seeds),
+    near which the new ones begin: near those that were found for the same prompt. Where there are
+    classes, gaussian is of the first picture of each alone; the others begin near those found."""
+    variety: float = 0.3
+    """Of new noise in a start near known ones (nao's, a folder's, a class's own), 0 to 1: the more,
+    the more its picture differs from theirs, and the less surely it shows the thing."""
     distance: Literal["cosine", "euclidean"] = "cosine"
     """cosine, as in the released code, or euclidean, as in the paper, but over the root of the
     number of dimensions, so that --weight and --contrast count about as much."""
@@ -167,6 +169,7 @@ class Seedselect:
             learning_rate=rate if self.rate is None else self.rate,
             patience=self.patience,
             target=self.target,
+            variety=self.variety,
             subset=self.subset,
             truncate=self.truncate,
             remat=self.remat,
@@ -207,7 +210,7 @@ class Seedselect:
         checked = plan(model, self._request([self.prompt], self.count, hints))
         pictures = references.read(paths, checked.size)
         settings = identity(model, checked, tensors, self.dtype)
-        start = starts.named(self.start, checked, settings)
+        start = starts.named(self.start, checked, settings, how.variety)
         checks.check(checked, [pictures], how, judge, None, start)
         writer = stack.enter_context(writing(self.out, model, checked, self.dtype))
 

@@ -229,7 +229,7 @@ class Dataset:
             self._held[at] = np.concatenate(
                 [seeds.read(p, checked.latent_shape, self.identity) for p in self._earlier(index)]
             )
-        return starts.spread(self._held[at], checked.request.seed, number)
+        return starts.spread(self._held[at], checked.request.seed, number, self.how.variety)
 
     def _find(
         self,

@@ -41,6 +41,8 @@ class Search:
         patience: iterations in a row after which a seed is left alone, unless its loss has fallen
             by a thousandth in them.
         target: loss at which a seed is good enough.
+        variety: of new noise in a start near known seeds, the sine of the angle that it is turned
+            by; at 1 it is all new.
         subset: references of which each seed's centroids are made, drawn for it; 0 is all.
         truncate: steps through which the gradient passes, the last ones; 0 is all.
         remat: whether each block of a network is computed again for the gradient: less memory, and
@@ -57,6 +59,7 @@ class Search:
     settle: int = 3
     patience: int = 10
     target: float | None = None
+    variety: float = 0.3
     subset: int = 0
     truncate: int = 0
     remat: bool = False
@@ -65,7 +68,8 @@ class Search:
         for name, low in (("iterations", 1), ("patience", 1), ("settle", 0), ("subset", 0)):
             self._check(name, low, math.inf, whole=True)
         self._check("truncate", 0, math.inf, whole=True)
-        self._check("weight", 0, 1)
+        for name in ("weight", "variety"):
+            self._check(name, 0, 1)
         for name in ("contrast", "prior", "learning_rate"):
             self._check(name, 0, 1e4)
         if self.distance not in ("cosine", "euclidean"):

@@ -128,7 +128,7 @@ class _Searching:
             for rows in pictures
         ]
         latents = [rows.latents for rows in known]
-        start_of = starts.of(start, model, params, checked, latents, mesh)
+        start_of = starts.of(start, model, params, checked, latents, self.how.variety, mesh)
         targets_of = references.targets(checked, known, self.meaning, self.how)
         program = _program(model, checked, self.meaning, self.how)
         encoded = sharding.replicate(conditioning.encode_pictures(model, params, checked), mesh)

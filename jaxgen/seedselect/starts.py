@@ -23,15 +23,15 @@ from jaxgen.types import Array, Cache, Params, Point, UserError
 Start = str | np.ndarray | Callable[[int], np.ndarray]  # gaussian, nao; noise; or noise of an index
 
 SPREAD, NORM_AWARE = 2, 3  # tell what is drawn here from what else a seed draws
-SHARE = 0.3  # of new noise in a start near known ones
 STEPS = 50  # of the inversion, as in the released code of NAO
 
 
-def named(start: str, checked: Plan, settings: Mapping[str, Any]) -> Start:
+def named(start: str, checked: Plan, settings: Mapping[str, Any], variety: float) -> Start:
     """gaussian and nao by name; seeds of a file as they are; near those of a folder.
 
     Args:
         settings: of `output.identity`, under which seeds are to be used.
+        variety: of `Search`.
     """
     if start in ("gaussian", "nao"):
         return start
@@ -40,18 +40,25 @@ def named(start: str, checked: Plan, settings: Mapping[str, Any]) -> Start:
         raise UserError(f"--start {start} is neither gaussian, nao, nor a file or folder")
     known = read(path, checked.latent_shape, settings, checked.request.prompts[0])
     if path.is_dir():
-        return lambda index: spread(known, checked.request.seed, index)
+        return lambda index: spread(known, checked.request.seed, index, variety)
     return known
 
 
 def of(
-    start: Start, model: Model, params: Params, checked: Plan, latents: Sequence[Array], mesh: Mesh
+    start: Start,
+    model: Model,
+    params: Params,
+    checked: Plan,
+    latents: Sequence[Array],
+    variety: float,
+    mesh: Mesh,
 ) -> Callable[[int], np.ndarray] | None:
     """Where the image of each index starts [h, w, C]; None for its own noise.
 
     Args:
         start: as of `select`.
         latents: of each prompt's references, [K, h, w, C].
+        variety: of `Search`.
     """
     if isinstance(start, np.ndarray):
         return lambda index: start[index % len(start)]
@@ -63,7 +70,7 @@ def of(
     @functools.cache
     def between_references(prompt: int) -> Callable[[int], np.ndarray]:
         seeds = inverted(model, params, checked, prompt, latents[prompt], mesh)
-        return norm_aware(seeds, checked.request.seed)
+        return norm_aware(seeds, checked.request.seed, variety)
 
     count = checked.request.count
     return lambda index: between_references(index // count)(index % count)
@@ -121,21 +128,22 @@ def _ways(seeds: Array, key: Array) -> tuple[Array, Array]:
     return shell.centroid(seeds, key)
 
 
-def norm_aware(seeds: np.ndarray, seed: int) -> Callable[[int], np.ndarray]:
+def norm_aware(seeds: np.ndarray, seed: int, variety: float) -> Callable[[int], np.ndarray]:
     """Starts [h, w, C] on the ways between the centroid of inverted references and each of them.
 
-    Image 0 starts at the centroid itself; the others where (seed, number) alone says, turned a
-    little towards new noise, as in `spread`: most of a way leads to the picture of the centroid.
+    Image 0 starts at the centroid itself; the others where (seed, number) alone says, turned
+    towards new noise, as in `spread`: most of a way leads to the picture of the centroid.
 
     Args:
         seeds: [K, h, w, C] what the references invert to.
         seed: of the images.
+        variety: of `Search`.
 
     Returns:
         A function of an image's number.
     """
     if len(seeds) == 1:
-        return lambda number: spread(seeds, seed, number) if number else seeds[0]
+        return lambda number: spread(seeds, seed, number, variety) if number else seeds[0]
     middle, ways = map(np.asarray, _ways(seeds.reshape(len(seeds), -1), jax.random.key(seed)))
 
     def start(number: int) -> np.ndarray:
@@ -143,30 +151,30 @@ def norm_aware(seeds: np.ndarray, seed: int) -> Callable[[int], np.ndarray]:
         way, place = ways[draw.integers(len(ways))], draw.uniform(0, len(ways[0]) - 1)
         low = min(int(place), len(way) - 2)
         point = way[low] + (place - low) * (way[low + 1] - way[low])
-        chosen = _turned(point, draw) if number else middle
+        chosen = _turned(point, draw, variety) if number else middle
         return chosen.reshape(seeds.shape[1:]).astype(np.float32)
 
     return start
 
 
-def spread(seeds: np.ndarray, seed: int, number: int) -> np.ndarray:
+def spread(seeds: np.ndarray, seed: int, number: int, variety: float) -> np.ndarray:
     """A start [h, w, C] near seeds that were found before [M, h, w, C].
 
-    A point of the great circle between two of them, or the only one, turned a little towards new
-    noise. (seed, number) alone decide.
+    A point of the great circle between two of them, or the only one, turned towards new noise by
+    the angle whose sine is `variety`. (seed, number) alone decide.
     """
     draw = np.random.default_rng([seed, number, SPREAD])
     first = seeds[draw.integers(len(seeds))]
     if len(seeds) > 1:
         other = seeds[draw.integers(len(seeds))]
         first = np.asarray(shell.between(first, other, draw.uniform(0, 0.5)))
-    return _turned(first, draw)
+    return _turned(first, draw, variety)
 
 
-def _turned(point: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """A point [...] turned towards new noise by the angle whose sine is SHARE; its norm stays."""
+def _turned(point: np.ndarray, draw: np.random.Generator, sine: float) -> np.ndarray:
+    """A point [...] turned towards new noise; its norm stays."""
     size = np.linalg.norm(point)
     noise = draw.standard_normal(point.shape).astype(np.float32)
     noise *= size / np.linalg.norm(noise)
-    turned = np.sqrt(1 - SHARE**2) * point + SHARE * noise
+    turned = np.sqrt(1 - sine**2) * point + sine * noise
     return (turned * (size / np.linalg.norm(turned))).astype(np.float32)

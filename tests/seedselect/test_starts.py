@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 
 from jaxgen.seedselect import starts
 
@@ -13,22 +14,24 @@ def cosine(one, other):
     return (one * other).sum() / np.linalg.norm(one) / np.linalg.norm(other)
 
 
-def test_a_start_near_a_seed_is_turned_and_as_long():
+@pytest.mark.parametrize("variety", [0, 0.3, 0.9, 1])
+def test_a_start_near_a_seed_is_turned_and_as_long(variety):
     for number in range(5):
-        start = starts.spread(SEEDS[:1], 7, number)
+        start = starts.spread(SEEDS[:1], 7, number, variety)
         np.testing.assert_allclose(np.linalg.norm(start), np.linalg.norm(SEEDS[0]), rtol=1e-5)
-        assert 0.88 < cosine(start, SEEDS[0]) < 0.99  # sqrt(1 - 0.3^2), and what chance adds
-        np.testing.assert_array_equal(start, starts.spread(SEEDS[:1], 7, number))
-        assert (start != starts.spread(SEEDS[:1], 8, number)).any()
+        chance = 0.25 * variety  # four standard deviations of the cosine to noise
+        assert cosine(start, SEEDS[0]) == pytest.approx(np.sqrt(1 - variety**2), abs=chance + 1e-6)
+        np.testing.assert_array_equal(start, starts.spread(SEEDS[:1], 7, number, variety))
+        assert (start != starts.spread(SEEDS[:1], 8, number, variety)).any() or not variety
 
 
 def test_norm_aware_starts_are_turned_but_for_the_centroid(monkeypatch):
-    start = starts.norm_aware(SEEDS, 7)
+    start = starts.norm_aware(SEEDS, 7, 0.3)
     found = [start(number) for number in range(6)]
     np.testing.assert_array_equal(found[2], start(2))
     for one, other in itertools.combinations(found, 2):
         assert cosine(one, other) < 0.98
-    monkeypatch.setattr(starts, "_turned", lambda point, draw: point)
+    monkeypatch.setattr(starts, "_turned", lambda point, draw, sine: point)
     ways = [start(number) for number in range(6)]
     np.testing.assert_array_equal(found[0], ways[0])
     for one, way in zip(found[1:], ways[1:], strict=True):
