@@ -65,10 +65,10 @@ class Seedselect:
     weight: float = 10 / 11
     """What the meaning counts, 0 to 1; the appearance counts the rest."""
     start: str = "gaussian"
-    """Where seeds start: gaussian, noise; nao, between the noises that the references invert to
-    (image 0 at their centroid); a file of seeds, to go on from; or a folder of them (OUT/seeds),
-    near which the new ones begin: near those that were found for the same prompt. Where there are
-    classes, gaussian is of the first picture of each alone; the others begin near those found."""
+    """Where seeds start: gaussian, noise; nao, near the noises that the references invert to; a
+    file of seeds, to go on from; or a folder of them (OUT/seeds), near which the new ones begin:
+    near those that were found for the same prompt. Where there are classes, gaussian is of the
+    first picture of each alone; the others begin near those found."""
     variety: float = 0.3
     """Of new noise in a start near known ones (nao's, a folder's, a class's own), 0 to 1: the more,
     the more its picture differs from theirs, and the less surely it shows the thing."""

@@ -23,6 +23,7 @@ from jaxgen.types import Array, Cache, Params, Point, UserError
 Start = str | np.ndarray | Callable[[int], np.ndarray]  # gaussian, nao; noise; or noise of an index
 
 SPREAD, NORM_AWARE = 2, 3  # tell what is drawn here from what else a seed draws
+PLACES = 0.75, 1.0  # of a start on a way from the centroid, at 0, to a reference's noise, at 1
 STEPS = 50  # of the inversion, as in the released code of NAO
 
 
@@ -124,15 +125,15 @@ def _invert(
 
 
 @jax.jit
-def _ways(seeds: Array, key: Array) -> tuple[Array, Array]:
-    return shell.centroid(seeds, key)
+def _ways(seeds: Array, key: Array) -> Array:
+    return shell.centroid(seeds, key)[1]
 
 
 def norm_aware(seeds: np.ndarray, seed: int, variety: float) -> Callable[[int], np.ndarray]:
     """Starts [h, w, C] on the ways between the centroid of inverted references and each of them.
 
-    Image 0 starts at the centroid itself; the others where (seed, number) alone says, turned
-    towards new noise, as in `spread`: most of a way leads to the picture of the centroid.
+    (seed, number) alone says where: in the last quarter of a way, since most of it leads to the
+    picture of the centroid, which mixes all of them; and turned towards new noise, as in `spread`.
 
     Args:
         seeds: [K, h, w, C] what the references invert to.
@@ -143,16 +144,15 @@ def norm_aware(seeds: np.ndarray, seed: int, variety: float) -> Callable[[int], 
         A function of an image's number.
     """
     if len(seeds) == 1:
-        return lambda number: spread(seeds, seed, number, variety) if number else seeds[0]
-    middle, ways = map(np.asarray, _ways(seeds.reshape(len(seeds), -1), jax.random.key(seed)))
+        return lambda number: spread(seeds, seed, number, variety)
+    ways = np.asarray(_ways(seeds.reshape(len(seeds), -1), jax.random.key(seed)))
 
     def start(number: int) -> np.ndarray:
         draw = np.random.default_rng([seed, number, NORM_AWARE])
-        way, place = ways[draw.integers(len(ways))], draw.uniform(0, len(ways[0]) - 1)
+        way, place = ways[draw.integers(len(ways))], draw.uniform(*PLACES) * (len(ways[0]) - 1)
         low = min(int(place), len(way) - 2)
         point = way[low] + (place - low) * (way[low + 1] - way[low])
-        chosen = _turned(point, draw, variety) if number else middle
-        return chosen.reshape(seeds.shape[1:]).astype(np.float32)
+        return _turned(point, draw, variety).reshape(seeds.shape[1:])
 
     return start
 

@@ -25,7 +25,7 @@ def test_a_start_near_a_seed_is_turned_and_as_long(variety):
         assert (start != starts.spread(SEEDS[:1], 8, number, variety)).any() or not variety
 
 
-def test_norm_aware_starts_are_turned_but_for_the_centroid(monkeypatch):
+def test_norm_aware_starts_are_turned_from_places_near_a_known_seed(monkeypatch):
     start = starts.norm_aware(SEEDS, 7, 0.3)
     found = [start(number) for number in range(6)]
     np.testing.assert_array_equal(found[2], start(2))
@@ -33,7 +33,7 @@ def test_norm_aware_starts_are_turned_but_for_the_centroid(monkeypatch):
         assert cosine(one, other) < 0.98
     monkeypatch.setattr(starts, "_turned", lambda point, draw, sine: point)
     ways = [start(number) for number in range(6)]
-    np.testing.assert_array_equal(found[0], ways[0])
-    for one, way in zip(found[1:], ways[1:], strict=True):
+    for one, way in zip(found, ways, strict=True):
+        assert max(cosine(way, seed) for seed in SEEDS) > 0.9
         np.testing.assert_allclose(np.linalg.norm(one), np.linalg.norm(way), rtol=1e-5)
         assert 0.88 < cosine(one, way) < 0.99
