@@ -13,9 +13,10 @@ from PIL import Image
 
 import jaxgen
 from jaxgen import seedselect
+from jaxgen.diffusion import shell
 from jaxgen.plan import plan
 from jaxgen.request import Request
-from jaxgen.seedselect import references
+from jaxgen.seedselect import references, starts
 from jaxgen.types import UserError
 from tests.test_cli import TINY, compile_cache, run  # noqa: F401  a fixture
 from tests.torch_oracle import randomise
@@ -106,7 +107,14 @@ def test_a_seed_is_found_and_replayed(here, capsys):
     assert "was found under sampler ddim (here euler)" in capsys.readouterr().err
 
 
-def test_norm_aware_starts_replay_from_two_devices(here):
+@pytest.fixture
+def soon(monkeypatch):
+    """Norm-aware starts that are found with less care: these tests are of what starts there."""
+    monkeypatch.setattr(shell, "MOST", 20)
+    monkeypatch.setattr(starts, "STEPS", 5)
+
+
+def test_norm_aware_starts_replay_from_two_devices(here, soon):
     few = ("--steps", "3", "--iterations", "2", "--guidance", "2", "--batch", "2")  # two devices
     rare = ("--distance", "euclidean", "--subset", "2", "--truncate", "2", "--remat")
     select("an owl", *few, "--start", "nao", "--count", "2", *rare)
@@ -173,7 +181,7 @@ def test_classes_become_a_training_folder_that_goes_on(here, capsys):
 
 def test_a_class_whose_first_seed_fails_goes_on(here, capsys, monkeypatch):
     """The next search for it is as long as the first; seeds start near all of the rounds before."""
-    from jaxgen.seedselect import search, starts
+    from jaxgen.seedselect import search
 
     begin, near, begun = search.begin, starts.spread, []
 
@@ -196,10 +204,8 @@ def test_a_class_whose_first_seed_fails_goes_on(here, capsys, monkeypatch):
     assert [one for one in begun if isinstance(one, tuple)] == [(2, 1), (3, 1), (4, 3)]
 
 
-def test_norm_aware_classes_start_each_picture_for_itself(here, monkeypatch):
+def test_norm_aware_classes_start_each_picture_for_itself(here, soon, monkeypatch):
     """Not near seeds found; the references of a class are inverted once, whatever its count."""
-    from jaxgen.seedselect import starts
-
     inverted, seen = starts.inverted, []
 
     def counted(*arguments):

@@ -53,6 +53,7 @@ def test_image_to_image_writes_a_picture_for_each_strength_and_heeds_a_mask(prog
     assert len(np.unique(np.stack(shown).reshape(6, -1), axis=0)) == 6
 
 
+@pytest.mark.slow
 def test_the_gradient_brightens_the_picture(program, capsys):
     program("gradient", "a fox in snow")
     values = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
@@ -60,7 +61,7 @@ def test_the_gradient_brightens_the_picture(program, capsys):
     assert values[-1] > values[0]
 
 
-@pytest.mark.parametrize("name", ["edges", "segmentation"])
+@pytest.mark.parametrize("name", ["edges", pytest.param("segmentation", marks=pytest.mark.slow)])
 def test_what_follows_a_hint_is_shown_between_hints_and_what_does_not(program, name):
     program("control", name, folder="mini")
     assert pixels(f"control_{name}.png").shape == (2 * (3 * 68 - 4), 2 * (6 * 68 - 4), 3)
