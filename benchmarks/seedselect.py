@@ -55,7 +55,7 @@ class Bench:
     side: int = 16
     """Side of the latents, for time; memory and operations are of 64."""
     runs: int = 3
-    """Pairs of iterations, for time."""
+    """Rounds of an iteration of each side, for time."""
     parts: tuple[str, ...] = PARTS
     """Which of: flops memory step batch."""
 

@@ -204,7 +204,7 @@ def test_a_class_whose_first_seed_fails_goes_on(here, capsys, monkeypatch):
     assert [one for one in begun if isinstance(one, tuple)] == [(2, 1), (3, 1), (4, 3)]
 
 
-def test_norm_aware_classes_start_each_picture_for_itself(here, soon, monkeypatch):
+def test_norm_aware_classes_start_each_picture_for_itself(here, soon, capsys, monkeypatch):
     """Not near seeds found; the references of a class are inverted once, whatever its count."""
     inverted, seen = starts.inverted, []
 
@@ -221,14 +221,23 @@ def test_norm_aware_classes_start_each_picture_for_itself(here, soon, monkeypatc
         *("owl/00000.npz", "owl/00001.npz"),
         *("red_fox/00000.npz", "red_fox/00001.npz", "red_fox/00002.npz"),
     ]
-    seeds = [np.load(path) for path in found]
-    assert {str(held["start"]) for held in seeds} == {"nao"}
-    first, second = (seeds[n]["noise"].ravel() for n in (2, 3))
+
+    def read(path):
+        with np.load(path) as held:
+            assert (held["start"], held["variety"]) == ("nao", 0.3)
+            return held["noise"]
+
+    first, second = (read(f"out/seeds/red_fox/{n:05}.npz").ravel() for n in (0, 1))
     assert np.corrcoef(first, second)[0, 1] < 0.94  # near others: sqrt(1 - 0.3 ** 2) or more
 
-    nao("--count", "6")  # it grows, and pictures that were there stay
-    with np.load("out/seeds/owl/00001.npz") as held:
-        assert np.array_equal(held["noise"], seeds[1]["noise"])
+    nao("--count", "6", "--variety", "0.5", code=2)
+    assert "was begun with variety = 0.3 (now 0.5)" in capsys.readouterr().err
+    lines = Path("out/metadata.jsonl").read_text().splitlines()
+    kept = [line for line in lines if "red_fox/00001.png" not in line]  # as if it had been stopped
+    Path("out/metadata.jsonl").write_text("\n".join(kept) + "\n")
+    nao("--count", "6")  # it grows, too; starts do not depend on how many there are
+    np.testing.assert_allclose(read("out/seeds/red_fox/00001.npz").ravel(), second, atol=1e-4)
+    assert len(Path("out/metadata.jsonl").read_text().splitlines()) == 12
 
 
 def test_any_score_takes_the_place_of_meaning_and_branches_take_part(here):

@@ -71,7 +71,8 @@ class Seedselect:
     first picture of each alone; the others begin near those found."""
     variety: float = 0.3
     """Of new noise in a start near known ones (nao's, a folder's, a class's own), 0 to 1: the more,
-    the more its picture differs from theirs, and the less surely it shows the thing."""
+    the more its picture differs from theirs, and the less surely it shows the thing. At 0, starts
+    near a single one are all the same."""
     distance: Literal["cosine", "euclidean"] = "cosine"
     """cosine, as in the released code, or euclidean, as in the paper, but over the root of the
     number of dimensions, so that --weight and --contrast count about as much."""
@@ -222,6 +223,7 @@ class Seedselect:
                 judge=judge, start=start, progress=True, frames=True,
             )  # fmt: skip
             made = {**self._made_with(), "weight": how.weight, "iterations": how.iterations}
+            made["variety"] = how.variety
             writer.write(folder.kept(found, writer, settings | {"prompt": self.prompt}, made))
             shown = "1 picture is" if writer.count == 1 else f"{writer.count} pictures are"
             print(f"{shown} in {self.out}; see {self.out / 'strip.png'}, each as it improved")

@@ -121,7 +121,7 @@ def _centre(q: Array, k: Array, v: Array) -> tuple[Array, Array | None]:
 
 
 def _attend_chunked(q: Array, k: Array, v: Array) -> Array:
-    """The same by blocks of queries, recomputed in the backward pass: T x S never exists."""
+    """The same by blocks of queries, whose scores the gradient computes again: no T x S exists."""
     batch, length, heads, width = q.shape
     together = _together(batch, heads)
     rows = min(length, max(MIN_ROWS, SCORES // (k.shape[1] * together)))

@@ -42,7 +42,8 @@ class Dataset:
     A line of the list comes after its picture and seed, so that a run that is stopped goes on where
     the list ends, and a folder grows by a larger count. From noise, seeds are found in rounds:
     number 0, then 1, 2 and 3, 4 to 7 and so on. Where one starts depends on its number and on what
-    the rounds before its own found for its class. Norm-aware starts depend on no seed found.
+    the rounds before its own found for its class. Norm-aware starts depend on no seed found, and
+    are searched from in one round, class by class: references are inverted once.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Dataset:
         Args:
             checked: a prompt for each class; its count is at least that of seeds of any class.
             pictures: the references of each class by name, uint8 [H, W, 3].
-            how: the search for the first seed of each class.
+            how: the search for seeds that start near no other: the first of each class, or all.
             again: the shorter and gentler one for seeds that start near others.
             count: pictures of each class in the end, references included; a class that has more
                 references keeps them all. May be larger than it was, where a run goes on.
@@ -129,8 +130,9 @@ class Dataset:
             held = config.read_json(where)
             if held.get("weights") == wanted["weights"]:
                 held["model"] = wanted["model"]  # the same one, whatever its folder is called now
+            older = "an older version's" if held.get("start") == "nao" else "0.3"
             for name, value in wanted.items():
-                was = held.get(name, value)  # older versions recorded less
+                was = held.get(name, older if name == "variety" else value)  # it recorded less
                 grows = name == "count" and isinstance(was, int) and was < value
                 if was != value and not grows:
                     raise UserError(
@@ -157,7 +159,7 @@ class Dataset:
         return found
 
     def fill(self, params: Params, judge: Judge, start: starts.Start) -> None:
-        """Copies the references; finds the first seed of each class, then others near those found.
+        """Copies the references, and finds the seeds that are missing.
 
         Args:
             start: "gaussian", of first seeds, and of a class's next where those failed; or "nao",
@@ -178,7 +180,7 @@ class Dataset:
             ]
             before = self.count
             for wanted in [left] if start == "nao" else self._rounds(left):
-                near = [i for i in wanted if start != "nao" and self._earlier(i)]
+                near = [] if start == "nao" else [i for i in wanted if self._earlier(i)]
                 far = [i for i in wanted if i not in near]
                 with contextlib.suppress(selection.NothingFound):  # each is named already
                     self._find(params, known, self.how, judge, start, far)
@@ -252,7 +254,7 @@ class Dataset:
             name = f"{SEEDS}/{self.names[mine]}/{number:05}.npz"
             figures = found.figures()
             about = {"prompt": prompt, "weight": how.weight, "iterations": how.iterations}
-            about |= self.made_with | figures
+            about |= {"variety": how.variety} | self.made_with | figures
             if how is self.again:
                 about["start"] = "near others"
             seeds.write(self.folder / name, found.seed[None], self.identity | about)

@@ -78,7 +78,7 @@ def select(
         judge: tells what images mean; needed unless there is a score.
         score: takes the place of the distance in meaning, and of it alone: `how.weight` says what
             the appearance still counts.
-        start: "gaussian", each seed's own noise; "nao", between what the references invert to;
+        start: "gaussian", each seed's own noise; "nao", near what the references invert to;
             standard normal noise [N, h, w, C], N = 1 or prompts x count; or a function of an
             image's index that returns noise [h, w, C].
         only: indices of the images to find, prompt-major; all by default.

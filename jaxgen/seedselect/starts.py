@@ -69,12 +69,12 @@ def of(
         return None
 
     @functools.cache
-    def between_references(prompt: int) -> Callable[[int], np.ndarray]:
+    def near_references(prompt: int) -> Callable[[int], np.ndarray]:
         seeds = inverted(model, params, checked, prompt, latents[prompt], mesh)
         return norm_aware(seeds, checked.request.seed, variety)
 
     count = checked.request.count
-    return lambda index: between_references(index // count)(index % count)
+    return lambda index: near_references(index // count)(index % count)
 
 
 def inverted(
