@@ -33,11 +33,7 @@ def identity(
     settings that are seldom used as one text.
     """
     request = checked.request
-    control = [
-        f"{zlib.crc32(hint.picture.tobytes()):08x}@{hint.scale:g}"
-        + f" from {hint.span[0]:g} to {hint.span[1]:g}" * (hint.span != (0.0, 1.0))
-        for hint in checked.hints
-    ]
+    control = [f"{zlib.crc32(hint.picture.tobytes()):08x}{hint.strength}" for hint in checked.hints]
     whole, (low, high) = (0.0, 1.0), request.guidance_interval
     interval = "" if (low, high) == whole else f"{low:g} to {high:g}"
     further = {
@@ -214,8 +210,4 @@ class Writer:
 
 def _controls(hints: list[Hint]) -> str:
     """The hints of a request, as the command's options name them."""
-    return "; ".join(
-        f"{hint.name or 'an array'}@{hint.scale:g}"
-        + f" from {hint.span[0]:g} to {hint.span[1]:g}" * (hint.span != (0.0, 1.0))
-        for hint in hints
-    )
+    return "; ".join(f"{hint.name or 'an array'}{hint.strength}" for hint in hints)

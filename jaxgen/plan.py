@@ -10,7 +10,7 @@ from jaxgen.data import images, prompts
 from jaxgen.data.hints import Hint
 from jaxgen.denoiser import CONTROLLED, Model
 from jaxgen.diffusion import grids, guidance
-from jaxgen.diffusion.schedule import Schedule
+from jaxgen.diffusion.schedule import KINDS, Schedule
 from jaxgen.request import Request, check, kind
 from jaxgen.types import UserError
 
@@ -103,9 +103,10 @@ def read_schedule(model: Model, sampler: str | None, karras: bool | None = None)
         schedule = dataclasses.replace(schedule, clip_sample=False, steps_offset=1)
     if karras is None:
         return schedule
-    if karras and schedule.sampler not in ("euler", "dpmpp"):
+    able = [name for name, kind in KINDS.items() if "use_karras_sigmas" in kind.fields]
+    if karras and schedule.sampler not in able:
         raise UserError(
-            f"karras belongs to the samplers euler and dpmpp, not to {schedule.sampler}"
+            f"karras belongs to the samplers {' and '.join(able)}, not to {schedule.sampler}"
         )
     return dataclasses.replace(schedule, use_karras_sigmas=karras)
 

@@ -1,5 +1,6 @@
 """The command: what it writes, and what it says of bad input."""
 
+import errno
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from PIL import Image
 from jaxgen import cli, generate, locks, output, terminal
 from jaxgen.commands import sample as commands_sample
 from jaxgen.data import images, latents
+from jaxgen.data.folder import Folder
 from jaxgen.load import open_model
 from jaxgen.plan import plan
 from jaxgen.request import Request
@@ -106,6 +108,48 @@ def test_every_text_is_a_prompt(here, prompt):
     (row,) = map(json.loads, Path("out/samples.jsonl").read_text("utf-8").splitlines())
     assert row["text"] == prompt.replace("\udcff", "?")
     Image.open("out/00000.png").load()
+
+
+def test_a_line_separator_in_a_prompt_ends_no_line_of_the_list(here):
+    Path("prompts.txt").write_text("a fox\u2028in snow\nan owl\n", "utf-8")
+    sample("--prompts", "prompts.txt")
+    with Path("out/samples.jsonl").open(encoding="utf-8") as lines:
+        assert [json.loads(line)["text"] for line in lines] == ["a fox\u2028in snow", "an owl"]
+    Path("out/samples.jsonl").rename("out/metadata.jsonl")
+    source = Folder(Path("out"))
+    assert [source.read(i)["caption"] for i in range(2)] == ["a fox\u2028in snow", "an owl"]
+
+
+def test_a_full_disk_leaves_whole_lines_in_the_list(here, monkeypatch, capsys):
+    sample("a fox")
+    before = Path("out/samples.jsonl").read_text()
+    opened = Path.open
+
+    class Full(io.StringIO):
+        def __exit__(self, *error):
+            with opened(Path("out/samples.jsonl"), "a") as file:
+                file.write(self.getvalue()[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full(self, mode="r", *rest, **options):
+        if self.name == "samples.jsonl" and options.get("errors") == "replace":
+            return Full()
+        return opened(self, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    sample("an owl", code=2)
+    assert "No space left on device" in capsys.readouterr().err
+    assert Path("out/samples.jsonl").read_text() == before
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    """As in a container: nothing is kept, and nothing fails."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    before = jax.config.jax_compilation_cache_dir
+    terminal.use_compile_cache()
+    assert jax.config.jax_compilation_cache_dir == before
 
 
 def test_a_picture_carries_the_settings_that_are_not_at_their_defaults(here, monkeypatch):

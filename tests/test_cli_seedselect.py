@@ -117,9 +117,12 @@ def soon(monkeypatch):
 def test_norm_aware_starts_replay_from_two_devices(here, soon):
     few = ("--steps", "3", "--iterations", "2", "--guidance", "2", "--batch", "2")  # two devices
     rare = ("--distance", "euclidean", "--subset", "2", "--truncate", "2", "--remat")
-    select("an owl", *few, "--start", "nao", "--count", "2", *rare)
-    nao = np.load("out/seed.npz")["noise"].reshape(2, -1)
+    shutil.move("tiny/image_encoder", "eyes")  # a judge of its own
+    select("an owl", *few, "--start", "nao", "--count", "2", *rare, "--judge", "eyes")
+    with np.load("out/seed.npz") as held:
+        nao, name = held["noise"].reshape(2, -1), held["judge"]
     assert np.abs(nao[0] - nao[1]).max() > 0
+    assert name == "eyes"
     same = ("--steps", "3", "--guidance", "2", "--sampler", "ddim", "--model", "tiny")
     run("sample", "an owl", *same, "--latents", "out/seeds/00001.npz", "--out", "nao")
     assert np.abs(pixels("nao/00000.png") - pixels("out/00001.png")).max() <= 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 from tyro.conf import Positional
 
@@ -121,9 +122,9 @@ class Sample:
                 refs = [ref for ref, _ in wanted] or None
                 model, tensors = open_model(self.model, self.variant, self.prediction, control=refs)
                 self._refuse_branches(model)
-                checked = plan(model, self._request(model, [hint for _, hint in wanted]))
+                noise, found = latents.read_latents(self.latents) if self.latents else (None, {})
+                checked = plan(model, self._request([hint for _, hint in wanted], noise))
                 if self.latents:
-                    _, found = latents.read_latents(self.latents)
                     settings = identity(model, checked, tensors, self.dtype)
                     latents.check_settings(self.latents, found, settings)
                 writer = stack.enter_context(writing(self.out, model, checked, self.dtype))
@@ -140,9 +141,8 @@ class Sample:
                     "and this version of jaxgen loads none; leave the option out"
                 )
 
-    def _request(self, model: Model, hints: list[Hint]) -> Request:
+    def _request(self, hints: list[Hint], noise: np.ndarray | None) -> Request:
         prompts = [*self.prompt, *(terminal.read_lines(self.prompts) if self.prompts else ())]
-        noise = latents.read_latents(self.latents)[0] if self.latents else None
         return Request(
             prompts=prompts,
             negative=self.negative,

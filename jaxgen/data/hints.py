@@ -39,6 +39,12 @@ class Hint:
     name: str = ""
     annotator: str = ""
 
+    @property
+    def strength(self) -> str:
+        """Scale and span, for records: @0.8 from 0 to 0.5."""
+        whole = self.span == (0.0, 1.0)
+        return f"@{self.scale:g}" + ("" if whole else f" from {self.span[0]:g} to {self.span[1]:g}")
+
     def check(self, prompts: int) -> None:
         """UserError for what is no hint, or not one for each of so many prompts."""
         picture = self.picture

@@ -41,7 +41,6 @@ def grid(
     `weights[0]` bounds the predicted clean latent (inf does not); the others are each sampler's.
     """
     _check(schedule, steps, eta)
-    variance_exploding = schedule.sampler in ("euler", "euler_a")
     rows = ROWS[schedule.sampler](Run(schedule, steps, start, eta, share))
     length = len(rows.time)
     if not 0 <= start < length:
@@ -53,7 +52,7 @@ def grid(
             "prediction_type = 'epsilon' divides by the signal, and the first point of a schedule "
             "with rescale_betas_zero_snr has none; use a model with v_prediction"
         )
-    scale = (signal**2 + noise**2) ** -0.5 if variance_exploding else np.ones(length)
+    scale = (signal**2 + noise**2) ** -0.5 if schedule.variance_exploding else np.ones(length)
     clean, eps = conversion(schedule.prediction_type, signal, noise, scale)
     bound = schedule.clip_sample_range if schedule.clip_sample else np.inf
     run = np.arange(length) - start
@@ -74,8 +73,8 @@ def grid(
     }
     points = jax.tree.map(_cast, Point(**fields))
 
-    initial = float(noise.max()) if variance_exploding else 1.0
-    if variance_exploding and schedule.timestep_spacing == "leading":
+    initial = float(noise.max()) if schedule.variance_exploding else 1.0
+    if schedule.variance_exploding and schedule.timestep_spacing == "leading":
         initial = (initial**2 + 1) ** 0.5
     return Grid(points, initial, length)
 

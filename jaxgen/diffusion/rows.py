@@ -46,7 +46,7 @@ def _times(run: Run) -> np.ndarray:
         return np.arange(total, 0, -total / steps).round()[:steps] - 1
     if spacing == "linspace":
         times = np.linspace(0, total - 1, count)[::-1][:steps]
-        return times if schedule.sampler in ("euler", "euler_a") else times.round()
+        return times if schedule.variance_exploding else times.round()
 
     times = np.arange(count - 1.0, count - 1 - steps, -1) * (total // count)
     times += schedule.steps_offset

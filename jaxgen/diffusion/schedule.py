@@ -181,6 +181,11 @@ class Schedule:
         if self.sampler == "pndm" and self.rescale_betas_zero_snr:
             raise UserError("PNDM has no form for rescale_betas_zero_snr = True; choose ddim")
 
+    @property
+    def variance_exploding(self) -> bool:
+        """Whether its sampler sees noise added to a signal of 1."""
+        return self.sampler in ("euler", "euler_a")
+
     @classmethod
     def read(cls, config: Mapping[str, Any], sampler: str | None, where: str) -> "Schedule":
         """The schedule in a scheduler's config file.

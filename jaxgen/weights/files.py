@@ -24,6 +24,7 @@ Slices = tuple[slice, ...]
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 SUM = ".sha256"  # a file beside one of weights, as sha256sum writes it, says what that must hold
 SHARD_BYTES = 5_000_000_000
+VARIANTS = ("fp16", "bf16", "non_ema", "ema_only")  # that serve where there are no plain weights
 
 
 class Tensor(NamedTuple):
@@ -167,8 +168,13 @@ def _state(file: BufferedReader) -> tuple[int, int]:
 
 def variant_of(folder: Path, variant: str) -> str:
     """A variant where a folder has weights of it; else none, so that plain ones serve."""
-    name = re.compile(rf".*\.{re.escape(variant)}[.-].*(safetensors|json)")
-    return variant if variant and any(name.fullmatch(p.name) for p in folder.glob("*")) else ""
+    return variant if any(is_variant(p.name, variant) for p in folder.glob("*")) else ""
+
+
+def is_variant(name: str, variant: str) -> bool:
+    """Whether a file of weights, or the index of some, is of a variant (not of none)."""
+    form = rf".*\.{re.escape(variant)}[.-].*(safetensors|json)"
+    return bool(variant and re.fullmatch(form, name))
 
 
 def open_folder(folder: Path, stem: str, variant: str = "") -> Tensors:
@@ -178,9 +184,9 @@ def open_folder(folder: Path, stem: str, variant: str = "") -> Tensors:
         folder: e.g. `model/unet`.
         stem: file name without its suffix, e.g. `diffusion_pytorch_model`.
         variant: e.g. `fp16`, for `stem.fp16.safetensors`. Without one, and without a plain file,
-            fp16, bf16, non_ema and ema_only serve, in this order.
+            those of `VARIANTS` serve, in this order.
     """
-    for name in [variant] if variant else ["", "fp16", "bf16", "non_ema", "ema_only"]:
+    for name in [variant] if variant else ["", *VARIANTS]:
         infix = f".{name}" if name else ""
         whole = folder / f"{stem}{infix}.safetensors"
         indices = (

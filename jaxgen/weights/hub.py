@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxgen.config import read_json
 from jaxgen.types import UserError
+from jaxgen.weights.files import VARIANTS, is_variant
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 MODEL, PART = "a model", "one part"  # what a repository may hold
@@ -26,12 +27,12 @@ def wanted(names: list[str], variant: str = "", kind: str = MODEL) -> list[str]:
         folders = re.compile(rf"({'|'.join(PARTS)}|controlnet(_\d+)?)/")
         kept = [n for n in names if n == "model_index.json" or folders.match(n)]
     kept = [n for n in kept if n.endswith((".json", ".txt", ".safetensors"))]
-    plain = [re.sub(r"\.(fp16|bf16|non_ema|ema_only)(?=[.-])", "", n) for n in kept]
-    chosen = {p for n, p in zip(kept, plain) if variant and n != p and f".{variant}" in n}
+    plain = [re.sub(rf"\.({'|'.join(VARIANTS)})(?=[.-])", "", n) for n in kept]
+    chosen = {p for n, p in zip(kept, plain) if is_variant(n, variant)}
     return [
         n
         for n, p in zip(kept, plain)
-        if (f".{variant}" in n if p in chosen else n == p or p not in kept)
+        if (is_variant(n, variant) if p in chosen else n == p or p not in kept)
     ]
 
 
