@@ -19,7 +19,7 @@ TILES = 256  # tiles at a time
 FEW = 64  # tiles of PLAIN, under which a convolution takes those of SMALL
 KERNELS = 36 * 2**17  # numbers of transformed kernels at a time
 LARGE = 2**26  # numbers of an image that is not normalised as a whole
-MIN_OUTPUTS = 64  # channels of the result at a time, at least
+MIN_OUTPUTS = 64  # channels of the result at a time, at least; a product of odd ones is slow
 SUMMED = 1024  # tiles at a time whose products are summed to the gradient of a kernel
 
 
@@ -114,7 +114,7 @@ def convolve(
     down, across = -(-height // form.step), -(-width // form.step)
     strips = -(-down // max(1, TILES // (batch * across)))
     rows = -(-down // strips)
-    part = _divisor(outputs, max(MIN_OUTPUTS, KERNELS // (points**2 * inputs)))
+    part = _part(outputs, KERNELS // (points**2 * inputs))
     x = jnp.pad(x, ((0, 0), (0, form.step * down - height), (0, 0), (0, 0)))
 
     def strip(i: Array, y: Array) -> Array:
@@ -150,7 +150,7 @@ def kernel_gradient(x: Array, y: Array) -> Array:
     form, (batch, height, width, inputs), outputs = PLAIN, x.shape, y.shape[-1]
     down, across = -(-height // form.step), -(-width // form.step)
     rows = _divisor(down, max(1, SUMMED // (batch * across)))
-    part = _divisor(outputs, max(MIN_OUTPUTS, KERNELS // (len(form.image) ** 2 * inputs)))
+    part = _part(outputs, KERNELS // (len(form.image) ** 2 * inputs))
     if jax.device_count() > 1:  # a sum over the batch inside of a loop would be one of devices
         rows, part = down, outputs
     below, beside = (0, form.step * down - height), (0, form.step * across - width)
@@ -208,16 +208,20 @@ def _images(form: Form, lines: Array, rows: int, across: int) -> Array:
 def _products(images: Array, kernels: Array, transposed: bool) -> Array:
     """Tiles [P, T, I] by kernels [P, I, O], or [P, O, I] if `transposed`: [P, T, O].
 
-    One point after the other: cores that share a product are faster than with one product each.
+    As one batch, of which nothing is copied: a loop over points would cut out both of each.
     """
-    product = "ti,oi->to" if transposed else "ti,io->to"
-    return lax.map(lambda pair: jnp.einsum(product, *pair), (images, kernels))
+    return jnp.einsum("pti,poi->pto" if transposed else "pti,pio->pto", images, kernels)
 
 
 def _transform(matrix: np.ndarray, x: Array) -> Array:
     """Applies a matrix of a form along both axes of tiles, [n^2, ...] -> [m^2, ...]."""
-    both = jnp.asarray(np.kron(matrix, matrix), x.dtype)
-    return (both @ x.reshape(len(x), -1)).reshape(-1, *x.shape[1:])
+    return jnp.tensordot(jnp.asarray(np.kron(matrix, matrix), x.dtype), x, 1)
+
+
+def _part(outputs: int, most: int) -> int:
+    """How many outputs at a time: the largest divisor up to `most`, of whole `MIN_OUTPUTS`."""
+    unit = MIN_OUTPUTS if outputs % MIN_OUTPUTS == 0 else 1
+    return unit * _divisor(outputs // unit, max(MIN_OUTPUTS, most) // unit)
 
 
 def _divisor(number: int, most: int) -> int:

@@ -124,11 +124,11 @@ def test_it_is_chosen_where_it_pays(shape, outputs, dtype, chosen):
     x = jax.ShapeDtypeStruct(shape, dtype)
     kernel = jax.ShapeDtypeStruct((3, 3, shape[-1], outputs), dtype)
     assert winograd.pays(x, kernel) == chosen
-    assert ("ti,io" in jax.jit(chosen_form).lower(x, kernel).as_text(debug_info=True)) == chosen
+    assert ("pti,pio" in jax.jit(chosen_form).lower(x, kernel).as_text(debug_info=True)) == chosen
     y = jax.eval_shape(chosen_form, x, kernel)
     slopes = jax.jit(lambda x, kernel, y: jax.vjp(chosen_form, x, kernel)[1](y))
     text = slopes.lower(x, kernel, y).as_text(debug_info=True)
-    assert ("ti,oi" in text) == chosen, "for the gradient of the image"
+    assert ("pti,poi" in text) == chosen, "for the gradient of the image"
     assert ("pti,pto" in text) == chosen, "for that of the kernel"
 
 
@@ -140,5 +140,5 @@ def test_of_few_channels_the_gradient_of_the_kernel_alone_is_made_so(channels, c
     slopes = jax.jit(lambda x, kernel, y: jax.vjp(chosen_form, x, kernel)[1](y))
     text = slopes.lower(x, kernel, y).as_text(debug_info=True)
     assert ("pti,pto" in text) == chosen
-    assert "ti,oi" not in text
-    assert "ti,io" not in text
+    assert "pti,poi" not in text
+    assert "pti,pio" not in text
