@@ -96,9 +96,14 @@ def mesh_for(checked: Plan) -> Mesh:
     )
 
 
-def batch_of(checked: Plan, devices: int) -> int:
-    """Images at once: as many for each device, at least one, and no more than were allowed."""
-    allowed = checked.request.batch or devices * (1 if jax.default_backend() == "cpu" else 4)
+def batch_of(checked: Plan, devices: int, each: int | None = None) -> int:
+    """Images at once: as many for each device, at least one, and no more than were allowed.
+
+    Args:
+        each: of a device, where none were; by default 1 of a CPU, 4 of an accelerator.
+    """
+    each = each or (1 if jax.default_backend() == "cpu" else 4)
+    allowed = checked.request.batch or devices * each
     return devices * max(1, min(allowed // devices, -(-checked.total // devices)))
 
 

@@ -235,6 +235,10 @@ def _check(model: Model) -> None:
     width, context = model.text_encoder.config.hidden_size, model.unet.config.cross_attention_dim
     if width != context:
         raise UserError(f"{model.name}: the text encoder is {width} wide, the UNet reads {context}")
+    if model.unet.config.addition_embed_type:
+        raise UserError(
+            f"{model.name}: a UNet with added embeddings (SDXL's) cannot be sampled yet"
+        )
     if model.vae.config.latent_channels != model.unet.config.out_channels:
         raise UserError(
             f"{model.name}: the VAE has {model.vae.config.latent_channels} latent channels, "

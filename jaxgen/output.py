@@ -1,9 +1,9 @@
 """A folder of samples: pictures that carry their settings, a list of them, a grid."""
 
 import contextlib
-import json
 import os
 import re
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxgen import generate, locks
 from jaxgen.data import images
+from jaxgen.data.folder import add_line
 from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model
 from jaxgen.plan import Plan
@@ -99,6 +100,7 @@ def writing(folder: Path, model: Model, checked: Plan, dtype: str = "f32") -> It
 def _next_number(folder: Path) -> int:
     """Of the first picture to come. Raises OSError if the list of pictures cannot be written."""
     path = folder / LIST
+    tempfile.TemporaryFile(dir=folder).close()  # pictures can be made there, too
     known = path.exists()
     path.open("a").close()
     if not known:  # until there is a picture to list
@@ -157,15 +159,7 @@ class Writer:
         )
         images.save_png(self.folder / name, image, text)
         # After the picture, on one line: who reads the list finds every file it names.
-        line = json.dumps({"file_name": name} | settings, ensure_ascii=False) + "\n"
-        before = self.list.stat().st_size if self.list.exists() else 0
-        try:
-            with self.list.open("a", encoding="utf-8", errors="replace") as file:
-                file.write(line)  # half a surrogate pair, from a bad argument, has no UTF-8
-        except OSError:  # a full disk: the list stays one of whole lines
-            with contextlib.suppress(OSError):
-                os.truncate(self.list, before)
-            raise
+        add_line(self.list, {"file_name": name} | settings)
         self.count += 1
 
     def _further(self) -> dict[str, Any]:

@@ -168,12 +168,17 @@ def _check_interval(request: Request, n: int) -> None:
         raise UserError(f"guidance_interval {low:g},{high:g} holds none of the {n} steps that run")
 
 
-def _hints(model: Model, request: Request, width: int, height: int, n: int) -> list[Hint]:
-    """A hint for each ControlNet, as the network reads it, of a run of n steps."""
+def hints_of(request: Request) -> list[Hint]:
+    """Its hints as they were given, one for each ControlNet."""
     wanted = request.control
     if isinstance(wanted, Hint | np.ndarray):  # of the one ControlNet
         wanted = [wanted]
-    wanted = wanted if wanted is not None else ()
+    return [one if isinstance(one, Hint) else Hint(one) for one in wanted or ()]
+
+
+def _hints(model: Model, request: Request, width: int, height: int, n: int) -> list[Hint]:
+    """A hint for each ControlNet, as the network reads it, of a run of n steps."""
+    wanted = hints_of(request)
     nets, given = model.controls, len(wanted)
     if len(nets) != given:
         raise UserError(
@@ -183,8 +188,7 @@ def _hints(model: Model, request: Request, width: int, height: int, n: int) -> l
     if request.guess and not nets:
         raise UserError("guess has no effect without a ControlNet (control)")
     hints = []
-    for one, net in zip(wanted, nets):
-        hint = one if isinstance(one, Hint) else Hint(one)
+    for hint, net in zip(wanted, nets):
         hint.check(len(request.prompts))
         if not guidance.holds_a_step(hint.span, n):
             low, high = hint.span

@@ -33,7 +33,7 @@ class Point(NamedTuple):
     fresh: Array  # [] share of new noise that a stochastic step adds; 0 adds none
     clean: Array  # [2] clean = clean[0] * x + clean[1] * prediction
     eps: Array  # [2] eps = eps[0] * x + eps[1] * prediction
-    weights: Array  # [K] coefficients of the sampler's own, K >= 0
+    weights: Array  # [K] the bound of clean latents (inf is none), then the sampler's own numbers
     index: Array  # type: ignore[assignment]  # [] steps done; integer
     steps: Array  # [] steps in all; integer
 

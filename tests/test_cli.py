@@ -13,6 +13,7 @@ import weakref
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -613,7 +614,8 @@ def test_an_unwritable_folder_is_named(here, capsys, name):
 
 
 def test_a_hub_id_offline_says_what_to_do(here, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here))
     run("sample", "a fox", "--model", "nobody/nothing-here", code=2)
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1

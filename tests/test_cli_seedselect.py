@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 
 import jaxgen
-from jaxgen import seedselect
+from jaxgen import seedselect, sharding
 from jaxgen.diffusion import shell
 from jaxgen.plan import plan
 from jaxgen.request import Request
@@ -155,12 +155,22 @@ def test_classes_become_a_training_folder_that_goes_on(here, capsys):
     before = {name: pixels(Path("out") / name) for name in made}
     lost = [*made][-2:]  # as if the run had been stopped while it drew these
     kept = [line for line in lines if json.loads(line)["file_name"] not in lost]
-    Path("out/metadata.jsonl").write_text("\n".join(kept) + '\n{"file_na')  # and this line
+    cut = '\n{"file_name": "caf\u00e9'.encode()[:-1]  # in a letter of this line
+    Path("out/metadata.jsonl").write_bytes("\n".join(kept).encode() + cut)
     (Path("out") / lost[0]).unlink()
     few("--count", "5")
     assert len(Path("out/metadata.jsonl").read_text().splitlines()) == 10
     for name, picture in before.items():
         assert np.abs(pixels(Path("out") / name) - picture).max() <= 1
+
+    (Path("out") / lost[0]).rename("elsewhere.png")
+    few("--count", "5", code=2)
+    assert f"lists {lost[0]}, which is gone" in capsys.readouterr().err
+    Path("elsewhere.png").rename(Path("out") / lost[0])
+    Path("classes/red_fox").rename("classes/red-fox")
+    few("--count", "5", code=2)
+    assert "was begun with classes = ['owl', 'red_fox']" in capsys.readouterr().err
+    Path("classes/red-fox").rename("classes/red_fox")
 
     few("--count", "5", "--seed", "3", code=2)
     assert "was begun with seed = 0 (now 3)" in capsys.readouterr().err
@@ -200,7 +210,7 @@ def test_a_class_whose_first_seed_fails_goes_on(here, capsys, monkeypatch):
     monkeypatch.setattr(starts, "spread", spread)
     shutil.rmtree("classes/red_fox")
     select("a {}", *OPTIONS, "--count", "8", images="classes")
-    assert "image 0 is left out: its loss is not finite" in capsys.readouterr().err
+    assert "image 0 of 'a owl' is left out: its loss is not finite" in capsys.readouterr().err
     rows = map(json.loads, Path("out/metadata.jsonl").read_text().splitlines())
     numbers = [row["index"] for row in rows if row["origin"] == "seedselect"]
     assert numbers == [1, 2, 3, 4]
@@ -273,6 +283,29 @@ def test_any_score_takes_the_place_of_meaning_and_branches_take_part(here):
         search(checked, [[]], replace(how, weight=0.9))
 
 
+def test_references_are_inverted_under_the_hint_of_their_prompt(here, soon):
+    """As it was given, whatever the ControlNet reads: here pictures of one channel."""
+    from tests.test_controls import from_unet
+
+    import diffusers  # isort: skip
+
+    unet = diffusers.UNet2DConditionModel.from_pretrained("tiny", subfolder="unet")
+    from_unet(unet, conditioning_channels=1).save_pretrained("net")
+    model, params = jaxgen.load("tiny", control=["net"])
+    hints = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    latents = np.random.default_rng(1).standard_normal((1, 16, 16, 4)).astype(np.float32)
+
+    def inverted(prompt, prompts, hint):
+        asked = {"sampler": "ddim", "steps": 3, "prompts": prompts}
+        checked = plan(model, Request(control=jaxgen.Hint(hint, span=(0, 0.7)), **asked))
+        mesh = sharding.data_mesh(1)
+        return starts.inverted(model, params, checked, prompt, latents, mesh)
+
+    both = [inverted(i, ["a", "a"], hints) for i in (0, 1)]
+    assert np.abs(both[0] - both[1]).max() > 1e-3
+    np.testing.assert_array_equal(both[1], inverted(0, ["a"], hints[1]))
+
+
 def test_references_are_cut_to_the_middle(here):
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 255
@@ -286,6 +319,8 @@ def test_references_are_cut_to_the_middle(here):
 
 
 BAD = [
+    (["a {}", "--images", "twice"], "the classes a_b and a b have one prompt, 'a a b'"),
+    (["x", "--images", "classes/owl", "--model", "fresh:mini"], "fresh:mini has no image encoder"),
     (["x", "--images", "nowhere"], "no folder of pictures nowhere"),
     (["x", "--images", "empty"], "empty holds no pictures"),
     (["x", "--images", "broken"], "broken/a.png"),
@@ -312,6 +347,8 @@ def test_bad_input_is_one_line(here, capsys, arguments, words):
     Path("empty").mkdir()
     Path("broken").mkdir()
     Path("broken/a.png").write_bytes(b"no picture")
+    for name in ("a_b", "a b"):
+        shutil.copytree("classes/owl", Path("twice") / name)
     shutil.copytree("classes", "mixed")
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("mixed/a.png")
     shutil.copytree(TINY, "plain")

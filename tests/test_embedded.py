@@ -88,7 +88,7 @@ def test_its_pictures_are_diffusers_pictures(tmp_path):
     ours = jaxgen.sample(model, params, [PROMPT], steps=8, guidance=4.0, latents=noise)
     assert np.abs(ours.astype(int) - np.rint(255 * wanted).astype(int)).max() <= 1
 
-    # Where there is one device, as on most machines, attention and convolutions take other ways.
+    # The command itself, compiled and on one device as on most machines.
     np.save(tmp_path / "noise.npy", noise)
     users = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     command = [sys.executable, "-m", "jaxgen", "sample", PROMPT, "--latents", "noise.npy"]

@@ -41,6 +41,12 @@ def every_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Attention as users run it: where there are several devices it takes another form."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
 PROMPT = "a photograph of an astronaut riding a horse"
 STEPS, TIME = 2, 501
 BLOCKS = {

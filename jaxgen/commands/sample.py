@@ -124,7 +124,7 @@ class Sample:
                 self._refuse_branches(model)
                 noise, found = latents.read_latents(self.latents) if self.latents else (None, {})
                 checked = plan(model, self._request([hint for _, hint in wanted], noise))
-                if self.latents:
+                if self.latents and found:  # of a seed
                     settings = identity(model, checked, tensors, self.dtype)
                     latents.check_settings(self.latents, found, settings)
                 writer = stack.enter_context(writing(self.out, model, checked, self.dtype))

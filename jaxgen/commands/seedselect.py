@@ -55,7 +55,12 @@ class Seedselect:
     """A folder of pictures of the thing, or one with a folder for each class."""
     model: str | None = None
     """A folder in the diffusers layout, a hub id, a single safetensors file, or fresh:NAME; by
-    default the embedded model."""
+    default the embedded model. Models that inpaint or edit serve in Python: seedselect.select."""
+    variant: str = ""
+    """Which of a folder's files to read, where it holds several: fp16, ..."""
+    prediction: str | None = None
+    """What the network predicts, where a single file does not say: epsilon, v_prediction or
+    sample."""
     judge: Path | None = None
     """A folder of a CLIP, or of its image encoder; by default the model's own."""
     count: int = 1
@@ -148,7 +153,7 @@ class Seedselect:
             )
         wanted = controls.parse(self.control, self.control_range)
         refs = [ref for ref, _ in wanted] or None
-        model, tensors = open_model(self.model, control=refs)
+        model, tensors = open_model(self.model, self.variant, self.prediction, control=refs)
         hints = [hint for _, hint in wanted]
         judge = seedselect.open_judge(self.judge, self.model)
         if classes is not None:
@@ -267,7 +272,7 @@ class Seedselect:
         settings = identity(model, checked, tensors, self.dtype)
         dataset = fewshot.Dataset(
             self.out, model, checked, pictures, how, again, self.count, settings,
-            **self._made_with(),
+            judge_weights=judge.fingerprint(), **self._made_with(),
         )  # fmt: skip
 
         def work() -> None:

@@ -1,8 +1,10 @@
 """Image folders: pictures beside a `metadata.jsonl` of one JSON object per line."""
 
+import contextlib
 import json
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -151,6 +153,21 @@ class Folder(Source):
 
     def name(self, i: int) -> str:
         return self._shown(self._record(i)["file_name"])
+
+
+def add_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds a record to a list. Where that fails, on a full disk, the list stays one of whole lines.
+
+    Half a surrogate pair, from a bad argument, has no UTF-8 and becomes a question mark.
+    """
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8", errors="replace") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, before)
+        raise
 
 
 def example_line() -> str:

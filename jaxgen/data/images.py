@@ -37,7 +37,7 @@ def read_image(path: Path, background: str = "white") -> np.ndarray:
     """A picture file as uint8 [H, W, 3], upright as its EXIF orientation says.
 
     What is transparent is composited on the background, which is said once. Grey becomes three
-    equal channels; 16 bits are rounded to 8.
+    equal channels; grey of 16 bits is rounded to 8.
 
     Raises:
         UserError: for a file that is missing, truncated, of no known format, or has more than

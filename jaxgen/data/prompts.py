@@ -49,7 +49,7 @@ def parse(prompt: str) -> list[tuple[str, float]]:
     for i, part in enumerate(parts):
         if i in opened:
             weights.append(weights[-1] * opened[i])
-            if abs(weights[-1]) > MAX_WEIGHT:
+            if not abs(weights[-1]) <= MAX_WEIGHT:  # nor infinity times nothing
                 where = prompt[part.start() : part.start() + 40]
                 raise UserError(
                     f"the weight {weights[-1]:g} in the prompt at {where!r} is beyond "

@@ -51,7 +51,9 @@ def guide(
         branches = branches.reshape(x.shape[0], count, *branches.shape[1:])
         last = branches[:, -1]
 
-        e = branches[:, 0] + jnp.einsum("j,bj...->b...", scales, jnp.diff(branches, axis=1))
+        # No matrix product, which accelerators may do in half precision.
+        ways = scales.reshape(-1, *[1] * (branches.ndim - 2)) * jnp.diff(branches, axis=1)
+        e = branches[:, 0] + ways.sum(1)
         e = rescale * (e * _std_ratio(last, e)) + (1 - rescale) * e
 
         return jnp.where(acts(point.index, point.steps, low, high), e, last)

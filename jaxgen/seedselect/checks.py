@@ -42,6 +42,8 @@ def check(
         )
     inverts = isinstance(start, str) and start == "nao"
     unread = score is not None and how.weight == 1 and not inverts
+    for rows in pictures:
+        _check_references(checked, rows)
     known = all(len(r.latents if isinstance(r, References) else r) for r in pictures)
     if not (known or unread):
         raise UserError(
@@ -54,10 +56,10 @@ def check(
         raise UserError("contrast needs a judge and other classes to tell from")
     if score is not None:
         for leaf in jax.tree.leaves(score.rows):
-            if len(leaf) != checked.total:
+            if np.shape(leaf)[:1] != (checked.total,):
                 raise UserError(
-                    f"a leaf of the score's rows has {len(leaf)}, and there are {checked.total} "
-                    "images (prompts x count)"
+                    f"a leaf of the score's rows is {list(np.shape(leaf))}, and there are "
+                    f"{checked.total} images (prompts x count)"
                 )
         _check_score(checked, score)
     if how.truncate > steps:
@@ -65,6 +67,21 @@ def check(
     if how.truncate and sampler == "edict":
         raise UserError("edict needs no truncate: its memory does not grow with the steps")
     _check_start(checked, start)
+
+
+def _check_references(checked: Plan, rows: Sequence[Any] | References) -> None:
+    if isinstance(rows, References):
+        shape = rows.latents.shape[1:]
+        if len(rows.latents) and shape != checked.latent_shape:
+            raise UserError(
+                f"references are encoded as {list(shape)}, and the images' latents are "
+                f"{list(checked.latent_shape)}"
+            )
+        return
+    for picture in rows:
+        right = isinstance(picture, np.ndarray) and picture.dtype == np.uint8
+        if not right or picture.ndim != 3 or picture.shape[2] != 3:
+            raise UserError("a reference is no picture, numpy uint8 [H, W, 3]")
 
 
 def _check_score(checked: Plan, score: Score) -> None:
@@ -89,12 +106,13 @@ def _check_start(checked: Plan, start: Start) -> None:
             raise UserError(f"start {start!r} is not gaussian, nao, or noise")
         if start == "nao":  # which networks and grids cannot be inverted
             inversion.backwards(checked.schedule, starts.STEPS)
-    elif isinstance(start, np.ndarray) and (
-        start.dtype != np.float32
-        or start.shape[1:] != checked.latent_shape
-        or len(start) not in (1, checked.total)
-    ):
-        raise UserError(
-            f"start is {start.dtype} {list(start.shape)}, and must be float32 "
-            f"{[checked.total, *checked.latent_shape]}, or one for all"
-        )
+    elif hasattr(start, "shape"):
+        noise = np.asarray(start)
+        wanted = [[n, *checked.latent_shape] for n in (1, checked.total)]
+        if noise.dtype != np.float32 or list(noise.shape) not in wanted:
+            raise UserError(
+                f"start is {noise.dtype} {list(noise.shape)}, and must be float32 {wanted[1]}, or "
+                "one for all"
+            )
+    elif not callable(start):
+        raise UserError(f"start is a {type(start).__name__}, not a name, noise or a function")

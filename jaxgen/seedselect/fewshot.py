@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxgen import config, locks
 from jaxgen.data import images
+from jaxgen.data.folder import METADATA, add_line
 from jaxgen.denoiser import Model
 from jaxgen.plan import Plan
 from jaxgen.seedselect import references, seeds, selection, starts
@@ -21,7 +22,6 @@ from jaxgen.seedselect.references import References
 from jaxgen.seedselect.search import Search
 from jaxgen.types import Params, UserError
 
-LIST = "metadata.jsonl"
 SETTINGS = "settings.json"
 SEEDS = "seeds"
 FREE = ("remat",)  # fields of a search that change no picture
@@ -33,7 +33,13 @@ def prompts(template: str, classes: Iterable[str]) -> list[str]:
         raise UserError(
             f"the prompt {template!r} has no {{}} for the class's name, as in 'a photo of a {{}}'"
         )
-    return [template.replace("{}", re.sub(r"[\s_-]+", " ", name).strip()) for name in classes]
+    made: dict[str, str] = {}
+    for name in classes:
+        prompt = template.replace("{}", re.sub(r"[\s_-]+", " ", name).strip())
+        if prompt in made:
+            raise UserError(f"the classes {made[prompt]} and {name} have one prompt, {prompt!r}")
+        made[prompt] = name
+    return list(made)
 
 
 class Dataset:
@@ -73,12 +79,12 @@ class Dataset:
         Raises:
             UserError: where nothing can be written, or what is there was made by other settings.
         """
-        if bad := {LIST, SETTINGS, SEEDS} & set(pictures):
+        if bad := {METADATA, SETTINGS, SEEDS} & set(pictures):
             raise UserError(f"a class cannot be called {min(bad)}, as a part of {folder} is")
         self.folder, self.model, self.checked = folder, model, checked
         self.names, self.pictures, self.how = list(pictures), list(pictures.values()), how
         self.again, self.made_with = again, made_with
-        self._held: dict[tuple[int, int], np.ndarray] = {}  # to start near, by class and round
+        self._held: dict[tuple[int, int], np.ndarray] = {}  # to start near, of one class and round
         self.total, self.identity = count, dict(identity)
         over = [name for name, rows in pictures.items() if len(rows) > count]
         if over:
@@ -116,17 +122,18 @@ class Dataset:
             "seed": request.seed,
             "size": list(self.checked.size),
             "prompts": list(request.prompts),
+            "classes": self.names,
             "count": self.total,
             "references": [_digest(rows) for rows in self.pictures],
             **{k: str(v) for k, v in vars(self.how).items() if k not in FREE},
             "rate_again": self.again.learning_rate,
-            **self.made_with,
+            **{k: v for k, v in self.made_with.items() if k != "judge"},  # known by its weights
         }
 
     def _begin(self, wanted: dict[str, Any]) -> None:
         """Writes the settings, or compares them with those of the pictures that are there."""
-        where, begun = self.folder / SETTINGS, (self.folder / LIST).exists()
-        if begun and where.exists():
+        where, list_file = self.folder / SETTINGS, self.folder / METADATA
+        if list_file.exists() and where.exists():
             held = config.read_json(where)
             if held.get("weights") == wanted["weights"]:
                 held["model"] = wanted["model"]  # the same one, whatever its folder is called now
@@ -142,20 +149,27 @@ class Dataset:
         elif any(p for p in self.folder.iterdir() if p != where):
             raise UserError(f"{self.folder} holds other files; name a new folder (--out)")
         config.write_json(where, wanted)
+        list_file.touch()  # from here on the folder is ours
 
     def _listed(self) -> set[str]:
         """The pictures of the list; a line that was cut off is cut away."""
-        where, found = self.folder / LIST, set[str]()
-        if not where.exists():
-            return found
-        whole, _, rest = where.read_text("utf-8").rpartition("\n")
+        where, found = self.folder / METADATA, set[str]()
+        lines, end, rest = where.read_bytes().rpartition(b"\n")
         if rest:
-            where.write_text(whole + "\n" * bool(whole), "utf-8")
-        for line in filter(None, whole.split("\n")):
+            os.truncate(where, len(lines + end))
+        for line in filter(None, lines.split(b"\n")):
             try:
-                found.add(json.loads(line)["file_name"])
+                name = json.loads(line)["file_name"]
+                there = (self.folder / name).is_file()
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{where} has a line that is none of ours: {line[:60]}") from None
+                shown = line[:60].decode("utf-8", "replace")
+                raise UserError(f"{where} has a line that is none of ours: {shown}") from None
+            if not there:
+                raise UserError(
+                    f"{where} lists {name}, which is gone: put it back, or take its line out and "
+                    "it is made again"
+                )
+            found.add(name)
         return found
 
     def fill(self, params: Params, judge: Judge, start: starts.Start) -> None:
@@ -180,8 +194,10 @@ class Dataset:
             ]
             before = self.count
             for wanted in [left] if start == "nao" else self._rounds(left):
-                near = [] if start == "nao" else [i for i in wanted if self._earlier(i)]
-                far = [i for i in wanted if i not in near]
+                far: list[int] = []
+                near: list[int] = []
+                for i in wanted:
+                    (near if start != "nao" and self._earlier(i) else far).append(i)
                 with contextlib.suppress(selection.NothingFound):  # each is named already
                     self._find(params, known, self.how, judge, start, far)
                 with contextlib.suppress(selection.NothingFound):
@@ -228,9 +244,8 @@ class Dataset:
         mine, number = divmod(index, checked.request.count)
         at = mine, number.bit_length()
         if at not in self._held:  # once a round, whose earlier ones stay as they are
-            self._held[at] = np.concatenate(
-                [seeds.read(p, checked.latent_shape, self.identity) for p in self._earlier(index)]
-            )
+            paths, shape = self._earlier(index), checked.latent_shape
+            self._held = {at: np.concatenate([seeds.read(p, shape, self.identity) for p in paths])}
         return starts.spread(self._held[at], checked.request.seed, number, self.how.variety)
 
     def _find(
@@ -275,8 +290,7 @@ class Dataset:
             return
         images.save_png(self.folder / name, picture, text)
         line = {"file_name": name, "text": prompt, "class": self.names[mine], **more}
-        with (self.folder / LIST).open("a", encoding="utf-8") as list_file:
-            list_file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        add_line(self.folder / METADATA, line)
         self.done.add(name)
 
 

@@ -47,7 +47,7 @@ class Score(NamedTuple):
 class Targets(NamedTuple):
     """What each of B images should mean, in the space of a CLIP."""
 
-    centroid: Array  # [B, P] mean of the references' unit vectors, of norm 1 for cosines
+    centroid: Array  # [B, P] mean of the references' embeddings, of norm 1 for cosines
     others: Array  # [B, M, P] those of other classes, M >= 0
 
 

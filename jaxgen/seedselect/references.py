@@ -66,6 +66,9 @@ def find_classes(folder: Path) -> dict[str, list[Path]] | None:
             f"{folder} holds both pictures ({loose[0].name}) and folders ({classes[0].name}); "
             "name a folder of pictures, or one with a folder for each class"
         )
+    for path in classes:
+        if not path.name.isprintable():  # nor are bytes that are no UTF-8
+            raise UserError(f"the folder {path.name!a} is no name of a class; rename it")
     return {p.name: find(p) for p in classes} or None
 
 

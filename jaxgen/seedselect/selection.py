@@ -1,5 +1,6 @@
 """From references to seeds: what `jaxgen seedselect` does, for callers of the library."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -11,7 +12,6 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxgen import conditioning, generate, sharding
-from jaxgen.data import images
 from jaxgen.denoiser import Model
 from jaxgen.plan import Plan
 from jaxgen.seedselect import checks, references, search, starts
@@ -22,6 +22,7 @@ from jaxgen.seedselect.search import Program, Rule, Run, Search
 from jaxgen.seedselect.starts import Start
 from jaxgen.types import Array, Params, UserError
 
+log = logging.getLogger(__name__)
 FRAMES = 8  # at most, of the image as it improves
 
 
@@ -95,9 +96,13 @@ def select(
         NothingFound: at the end, where all were left out.
     """
     checks.check(checked, pictures, how, judge, score, start)
+    if hasattr(start, "shape"):
+        start = np.asarray(start)
     meaning = score or meaning_by(judge, how)
     mesh = mesh or generate.mesh_for(checked)
     wanted = list(range(checked.total)) if only is None else sorted(only)
+    if wanted and not 0 <= wanted[0] <= wanted[-1] < checked.total:
+        raise UserError(f"only = {wanted} are not indices of {checked.total} images")
     searching = _Searching(model, params, checked, how, meaning, mesh, progress, frames)
     return searching.run(pictures, start, wanted)
 
@@ -134,8 +139,7 @@ class _Searching:
         encoded = sharding.replicate(conditioning.encode_pictures(model, params, checked), mesh)
         points = sharding.replicate(checked.grid.points, mesh)
 
-        batch = checked.request.batch or mesh.size
-        batch = -(-min(batch, checked.total) // mesh.size) * mesh.size  # of one size: one program
+        batch = generate.batch_of(checked, mesh.size, each=1)  # of one size: one program
         groups = list(generate.batches(checked, batch, wanted))
         total, count = len(groups) * self.how.iterations, 0
         with tqdm(total=total, unit="iteration", disable=not self.progress) as bar:
@@ -194,10 +198,14 @@ class _Searching:
             bar.update(iterations - i if done else 1)
             if done:
                 break
-        best, pictures = np.asarray(state.best), show(state)
+        best, pictures = np.asarray(state.best), frames[-1] if frames else show(state)
         for row, index in enumerate(indices):
             if not np.isfinite(look.loss[row]):
-                images.warn_once(f"image {index} is left out: its loss is not finite at the start")
+                prompt, number = divmod(index, self.checked.request.count)
+                log.warning(
+                    "image %d of %r is left out: its loss is not finite at the start",
+                    number, self.checked.request.prompts[prompt],
+                )  # fmt: skip
                 continue
             seen = np.stack([at[:, row] for at, on in zip(looks, alive, strict=True) if on[row]])
             history = dict(zip(Look._fields, seen.T.tolist(), strict=True))

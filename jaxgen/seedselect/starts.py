@@ -16,7 +16,7 @@ from jaxgen.data.hints import Hint
 from jaxgen.denoiser import Model, Network
 from jaxgen.diffusion import inversion, shell
 from jaxgen.diffusion.guidance import holds_a_step
-from jaxgen.plan import Plan, plan
+from jaxgen.plan import Plan, hints_of, plan
 from jaxgen.seedselect.seeds import read
 from jaxgen.types import Array, Cache, Params, Point, UserError
 
@@ -84,10 +84,10 @@ def inverted(
 
     Args:
         prompt: index of the class's prompt in the plan.
-        latents: [K, h, w, C]; as many at once as the mesh has devices.
+        latents: [K, h, w, C]; at once as many as the request's batch, or one for each device.
     """
     request = checked.request
-    hints = [_of_prompt(hint, prompt) for hint in checked.hints]
+    hints = [_of_prompt(hint, prompt) for hint in hints_of(request)]
     for i, hint in enumerate(hints):
         if not holds_a_step(hint.span, STEPS):  # less than a step here: it does not act
             hints[i] = dataclasses.replace(hint, scale=0.0, span=(0.0, 1.0))
@@ -96,12 +96,12 @@ def inverted(
         negative="", rescale=0.0, guidance_interval=(0.0, 1.0), image_guidance=None,
         eta=0.0, karras=None, count=1, control=hints, latents=None,
     )  # fmt: skip
-    alone, size = plan(model, asked), mesh.size
+    alone, rows = plan(model, asked), np.asarray(latents)
+    size = mesh.size * max(1, min((request.batch or 0), len(rows)) // mesh.size)
     pictures = sharding.replicate(conditioning.encode_pictures(model, params, alone), mesh)
     _, inputs = conditioning.condition(model, params, alone, pictures, [0] * size, mesh)
     cache = generate.prepare(params, inputs, network=model.network)
     points = sharding.replicate(inversion.backwards(alone.schedule, STEPS).points, mesh)
-    rows = np.asarray(latents)
     found = []
     for first in range(0, len(rows), size):
         batch = np.resize(rows[first : first + size], (size, *rows.shape[1:]))  # the last repeats

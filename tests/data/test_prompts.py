@@ -50,7 +50,9 @@ def test_weights_are_read_and_other_parentheses_are_text(prompt, expected):
     assert prompts.parse(prompt) == expected
 
 
-@pytest.mark.parametrize("prompt", ["(a:101)", "(a:-1000)", "((a:11):11)", f"(a:{'9' * 999})"])
+@pytest.mark.parametrize(
+    "prompt", ["(a:101)", "(a:-1000)", "((a:11):11)", f"(a:{'9' * 999})", f"((a:{'9' * 999}):0)"]
+)
 def test_absurd_weights_are_refused_with_the_way_out(prompt):
     with pytest.raises(UserError, match=r"is beyond 100; .* \\\( and \\\)") as caught:
         prompts.parse(prompt)

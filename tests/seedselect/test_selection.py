@@ -1,5 +1,7 @@
 """A batch of a search: what is left out, and the strip of what is found."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from tqdm import tqdm
@@ -16,8 +18,9 @@ def batch(monkeypatch):
     monkeypatch.setattr(generate, "finish", lambda model, params, x, output: np.asarray(x))
 
     def run(seeds, **how):
+        asked = SimpleNamespace(request=SimpleNamespace(count=4, prompts=["a fox", "an owl"]))
         searching = selection._Searching(
-            None, toys.PARAMS, None, Search(**how), None, None, progress=False, frames=True
+            None, toys.PARAMS, asked, Search(**how), None, None, progress=False, frames=True
         )
         inputs = toys.run(seeds, **how)
         rest = toys.program(), [3, 5, 6], tqdm(disable=True)
@@ -34,7 +37,9 @@ def test_a_seed_without_a_finite_loss_is_left_out_and_named(batch, caplog):
     bad[1] = np.nan
     found = batch(bad, iterations=3)
     assert [one.index for one in found] == [3, 6]
-    assert caplog.messages == ["image 5 is left out: its loss is not finite at the start"]
+    assert caplog.messages == [
+        "image 1 of 'an owl' is left out: its loss is not finite at the start"
+    ]
     for one, other in zip(found, everyone[::2], strict=True):
         np.testing.assert_allclose(one.seed, other.seed, rtol=1e-6)
         assert set(one.history) == {"loss", "meaning", "appearance", "norm"}
