@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax import lax
 
 from jaxgen.models import attention, correlation, winograd
 from jaxgen.models.convolution import resize_nearest
@@ -156,8 +157,9 @@ def points() -> None:
     """Winograd's products, of all points in one batch or one point after the other."""
     print("\n| 3x3 convolution by Winograd | in one batch | one by one |\n|---|---|---|")
 
-    def batched(images: Array, kernels: Array, transposed: bool) -> Array:
-        return jnp.einsum("pti,poi->pto" if transposed else "pti,pio->pto", images, kernels)
+    def one_by_one(images: Array, kernels: Array, transposed: bool) -> Array:
+        product = "ti,oi->to" if transposed else "ti,io->to"
+        return lax.map(lambda pair: jnp.einsum(product, *pair), (images, kernels))
 
     def by(x: Array, kernel: Array, products: Callable) -> Array:
         with mock.patch.object(winograd, "_products", products):  # read when it is traced
@@ -166,7 +168,7 @@ def points() -> None:
     for batch, side, inputs, outputs in POINTS:
         args = random(batch, side, side, inputs), random(3, 3, inputs, outputs)
         work = 2 * batch * side**2 * 9 * inputs * outputs / 1e9
-        ways: list[Callable] = [partial(by, products=p) for p in (batched, winograd._products)]
+        ways: list[Callable] = [partial(by, products=p) for p in (winograd._products, one_by_one)]
         speeds = " | ".join(f"{work / s:.0f}" for s in in_turn(ways, args))
         print(f"| {batch}x{side}x{side}, {inputs} to {outputs} | {speeds} |", flush=True)
 
