@@ -319,7 +319,7 @@ def test_references_are_cut_to_the_middle(here):
 
 
 BAD = [
-    (["a {}", "--images", "twice"], "the classes a_b and a b have one prompt, 'a a b'"),
+    (["a {}", "--images", "twice"], "the classes a b and a_b have one prompt, 'a a b'"),
     (["x", "--images", "classes/owl", "--model", "fresh:mini"], "fresh:mini has no image encoder"),
     (["x", "--images", "nowhere"], "no folder of pictures nowhere"),
     (["x", "--images", "empty"], "empty holds no pictures"),
