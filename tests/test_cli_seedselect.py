@@ -217,6 +217,7 @@ def test_a_class_whose_first_seed_fails_goes_on(here, capsys, monkeypatch):
     assert [one for one in begun if isinstance(one, tuple)] == [(2, 1), (3, 1), (4, 3)]
 
 
+@pytest.mark.slow
 def test_norm_aware_classes_start_each_picture_for_itself(here, soon, capsys, monkeypatch):
     """Not near seeds found; the references of a class are inverted once, whatever its count."""
     inverted, seen = starts.inverted, []

@@ -52,7 +52,7 @@ def test_what_does_not_fit_is_named():
     assert "ddim adds noise of its own" in refused(eta=0.5)
     assert "starts from an image" in refused(image=PICTURE)
     rows = jnp.zeros((3, 4))
-    assert "rows has 3, and there are 2 images" in refused(rows=rows)
+    assert "rows is [3, 4], and there are 2 images" in refused(rows=rows)
     assert "2 prompts have 1 lists" in refused(pictures=((),))
     assert "has no references" in refused(how=seedselect.Search(weight=0.5))
     assert "contrast needs a judge" in refused(how=seedselect.Search(weight=1.0, contrast=0.1))

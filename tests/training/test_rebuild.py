@@ -37,6 +37,7 @@ def chain(out, cache):
     return found
 
 
+@pytest.mark.slow
 def test_a_part_is_made_again_with_the_same_losses(tmp_path):
     first, second = (losses("clip", tmp_path / name, tmp_path / "cache") for name in "ab")
     assert len(first) == STEPS

@@ -26,8 +26,8 @@ from jaxgen.types import UserError
 from tests.torch_oracle import error, quick_jit
 
 TINY = "tests/assets/tiny"
-MESHES = [(1, 8, 1), (2, 2, 2)]  # the second has all three ways
-MORE = [pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (2, 1, 4))]
+MESHES = [(2, 2, 2)]  # it has all three ways
+MORE = [pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (1, 8, 1), (2, 1, 4))]
 
 
 def batch():
