@@ -155,7 +155,7 @@ class Seedselect:
         refs = [ref for ref, _ in wanted] or None
         model, tensors = open_model(self.model, self.variant, self.prediction, control=refs)
         hints = [hint for _, hint in wanted]
-        judge = seedselect.open_judge(self.judge, self.model)
+        judge = seedselect.open_judge(self.judge, self.model, self.variant)
         if classes is not None:
             return self._many(model, tensors, hints, judge, how, classes)
         paths = references.find(self.images)

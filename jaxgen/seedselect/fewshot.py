@@ -133,8 +133,14 @@ class Dataset:
     def _begin(self, wanted: dict[str, Any]) -> None:
         """Writes the settings, or compares them with those of the pictures that are there."""
         where, list_file = self.folder / SETTINGS, self.folder / METADATA
-        if list_file.exists() and where.exists():
+        others = {p for p in self.folder.iterdir() if p not in (where, list_file)}
+        nothing_yet = not others and not (list_file.exists() and list_file.stat().st_size)
+        if nothing_yet:
+            pass  # whatever was asked for before
+        elif list_file.exists() and where.exists():
             held = config.read_json(where)
+            if "judge_weights" not in held and "judge" in held:  # it knew judges by their paths
+                wanted = {**wanted, "judge": self.made_with.get("judge")}
             if held.get("weights") == wanted["weights"]:
                 held["model"] = wanted["model"]  # the same one, whatever its folder is called now
             older = "an older version's" if held.get("start") == "nao" else "0.3"
@@ -146,7 +152,7 @@ class Dataset:
                         f"{self.folder} was begun with {name} = {was} (now {value}); use the same"
                         f"{', or more' * (name == 'count')}, or another --out"
                     )
-        elif any(p for p in self.folder.iterdir() if p != where):
+        else:
             raise UserError(f"{self.folder} holds other files; name a new folder (--out)")
         config.write_json(where, wanted)
         list_file.touch()  # from here on the folder is ours

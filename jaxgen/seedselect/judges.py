@@ -35,12 +35,12 @@ class Judge:
         return files.fingerprint({"judge": held})
 
 
-def open_judge(ref: str | Path | None, model: str | Path | None) -> Judge:
+def open_judge(ref: str | Path | None, model: str | Path | None, variant: str = "") -> Judge:
     """The judge in a folder; without one the model's own.
 
     Args:
         ref: a folder of a CLIP, or of its image encoder alone.
-        model: what the model was loaded from.
+        model, variant: what the model was loaded from.
 
     Raises:
         UserError: for a folder that holds none, and a model without one.
@@ -48,7 +48,7 @@ def open_judge(ref: str | Path | None, model: str | Path | None) -> Judge:
     if ref is None and str(model).startswith(zoo.PREFIX):
         raise UserError(f"{model} has no image encoder of its own; name a CLIP folder (judge)")
     if ref is None:
-        path = find(model)
+        path = find(model, variant)
         own = [path / name for name in OWN if (path / name / "config.json").is_file()]
         if not own:
             lacks = "has no image encoder of its own"

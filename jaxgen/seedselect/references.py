@@ -1,5 +1,6 @@
 """Reference pictures, as a search compares with them: at the model's size, encoded, averaged."""
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,8 @@ def find_classes(folder: Path) -> dict[str, list[Path]] | None:
             "name a folder of pictures, or one with a folder for each class"
         )
     for path in classes:
-        if not path.name.isprintable():  # nor are bytes that are no UTF-8
+        # Control characters, and bytes that are no UTF-8, which Python shows as surrogates.
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in path.name):
             raise UserError(f"the folder {path.name!a} is no name of a class; rename it")
     return {p.name: find(p) for p in classes} or None
 

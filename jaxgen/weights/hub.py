@@ -56,13 +56,6 @@ def is_whole(folder: Path, variant: str = "", kind: str = MODEL) -> bool:
     return all(weights) and any(words) and all((folder / name).is_file() for name in needed)
 
 
-def _is_plain(folder: Path) -> bool:
-    """Whether each part of a cached folder has weights that are no variant's."""
-    names = [path.relative_to(folder) for path in folder.rglob("*.safetensors")]
-    plain = {n.parent for n in names if not any(is_variant(n.name, v) for v in VARIANTS)}
-    return plain == {name.parent for name in names}
-
-
 def part_config(ref: str) -> dict[str, Any]:
     """The `config.json` of a repository that holds one part; nothing of others, or unanswered."""
     import huggingface_hub as hub
@@ -84,13 +77,10 @@ def fetch(ref: str, variant: str = "", kind: str = MODEL) -> Path:
     import huggingface_hub as hub  # slow to import, and most runs are local
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    held = None  # where only a variant was fetched: plain weights come first, if the hub has any
     try:
         folder = Path(hub.snapshot_download(ref, local_files_only=True))
         if is_whole(folder, variant, kind):
-            if variant or _is_plain(folder):
-                return folder
-            held = folder
+            return folder  # of a variant alone, too, which `files.open_folder` says
     except (LocalEntryNotFoundError, OSError, ValueError):
         pass
     try:
@@ -100,8 +90,6 @@ def fetch(ref: str, variant: str = "", kind: str = MODEL) -> Path:
             raise FileNotFoundError(f"it holds no safetensors of {kind}")
         return Path(hub.snapshot_download(ref, allow_patterns=names))
     except Exception as error:  # the client's own errors are many, and each means the same here
-        if held is not None:
-            return held
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"no folder {ref}, and the hub did not give it ({reason[:160]}); if this machine is "

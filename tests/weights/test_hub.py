@@ -166,11 +166,9 @@ def test_a_variant_is_wanted_where_there_is_one_and_the_plain_file_elsewhere():
 def test_a_model_is_whole_where_some_parts_have_the_variant_and_others_plain_files(tmp_path):
     folder = shutil.copytree(TINY, tmp_path / "model")
     assert hub.is_whole(folder)
-    assert hub._is_plain(folder)
     assert not hub.is_whole(folder, "fp16")
     (path,) = (folder / "unet").glob("*.safetensors")
     path.rename(path.with_suffix(".fp16.safetensors"))
     assert hub.is_whole(folder, "fp16")
-    assert not hub._is_plain(folder)  # the hub is asked first
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     assert not hub.is_whole(folder, "fp16")
